@@ -1,0 +1,114 @@
+"""A checkpoint on disk, read without loading it: config.json, the headers of its weight files, its anatomy."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from shortcut.anatomy import Anatomy, find_anatomy
+from shortcut.errors import ShortcutError
+from shortcut.records.plan import Base
+from shortcut.surgery.tensors import Tensor, TensorFile, read_header
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The headers of a checkpoint. `name` and `revision` say what the user called it."""
+
+    folder: Path
+    name: str
+    revision: str | None
+    config: Mapping[str, Any]
+    files: tuple[TensorFile, ...]
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        return find_anatomy(self.tensors, self.config)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name."""
+        return {tensor.name: tensor for file in self.files for tensor in file.tensors}
+
+    @property
+    def base(self) -> Base:
+        """How plans and scores name this checkpoint."""
+        return Base(self.name, self.revision, self.anatomy.depth)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors, as stored."""
+        return sum(tensor.parameters for tensor in self.tensors.values())
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[tuple[str, Tensor], ...], ...]:
+        """The tensors of each block in order, each with its name inside the block."""
+        blocks: list[list[tuple[str, Tensor]]] = [[] for _ in range(self.anatomy.depth)]
+        for name, tensor in self.tensors.items():
+            if where := self.anatomy.split(name):
+                blocks[where[0]].append((where[1], tensor))
+        return tuple(map(tuple, blocks))
+
+    @property
+    def block_parameters(self) -> tuple[int, ...]:
+        """Elements of each block, as stored: (blocks,)."""
+        return tuple(sum(tensor.parameters for _, tensor in block) for block in self.blocks)
+
+
+def read_checkpoint(folder: Path, name: str | None = None, revision: str | None = None) -> Checkpoint:
+    """Read the headers of the checkpoint in a folder.
+
+    Raises ShortcutError where the folder holds no safetensors checkpoint, or a damaged one.
+    """
+    config = read_json(folder / "config.json")
+    if (folder / SINGLE).exists():
+        files: tuple[TensorFile, ...] = (read_header(folder / SINGLE),)
+    elif (folder / INDEX).exists():
+        files = _read_shards(folder)
+    else:
+        found = sorted(
+            path.name for path in folder.iterdir() if path.suffix in {".safetensors", ".bin", ".gguf", ".pth"}
+        )
+        raise ShortcutError(f"no {SINGLE} or {INDEX} in {folder}; its weight files are: {', '.join(found) or 'none'}")
+    return Checkpoint(folder, name or str(folder), revision, config, files)
+
+
+def _read_shards(folder: Path) -> tuple[TensorFile, ...]:
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise ShortcutError(f"{folder / INDEX} is damaged: it has no weight_map of tensor names to file names")
+    names = sorted(set(index.values()))
+    if astray := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise ShortcutError(f"{folder / INDEX} names {astray[0]!r}, which is no safetensors file of its own folder")
+    files = tuple(read_header(folder / name) for name in names)
+    found = {tensor.name: file.path.name for file in files for tensor in file.tensors}
+    if sum(len(file.tensors) for file in files) != len(found):
+        raise ShortcutError(f"the shards in {folder} hold a tensor twice")
+    if wrong := sorted(name for name in index.keys() | found.keys() if index.get(name) != found.get(name)):
+        raise ShortcutError(
+            f"{folder / INDEX} and the shards disagree about {wrong[0]!r} ({len(wrong)} tensors in all)"
+        )
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ShortcutError(f"no {path.name} in {path.parent}: not a checkpoint that transformers loads") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ShortcutError(f"cannot read {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise ShortcutError(f"{path} does not hold a JSON object")
+    return data

@@ -1,0 +1,163 @@
+"""config.json of the shortened model: edited as JSON, so that every field the family or a server reads stays as it was.
+
+Three kinds of field follow the blocks: the depth itself, lists with one entry per block, and numbers or sets of block
+numbers. Families that store only a period or nothing at all, and derive the list when they are loaded, are resolved
+through their own config class first and get the explicit list.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shortcut.anatomy import Anatomy, text_config
+from shortcut.errors import ShortcutError
+
+# Families whose config class derives nothing per block, so that the JSON alone says everything. (mistral has to be
+# here: with a layer_types of its own it would be loaded as another family.)
+PLAIN = {
+    *("bloom", "codegen", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite", "llama", "mistral"),
+    *("mixtral", "mpt", "nemotron", "olmo", "olmo2", "opt", "persimmon", "phi", "phi3", "stablelm", "starcoder2"),
+}
+
+# Families whose arithmetic depends on the block number in a way that no config field can make good.
+REFUSED = {
+    "beam": "its residual scales depend on the block number",
+    "diffllama": "its attention scales depend on the block number",
+    "evolla": "its cross-attention adapters are placed by a period",
+    "hrm_text": "its blocks are run in recurrent loops",
+    "idefics": "its cross-attention blocks are placed by a period",
+    "inkling2": "its residuals cross block boundaries by block number",
+    "inkling2_text": "its residuals cross block boundaries by block number",
+    "reformer": "its blocks are reversible pairs of streams",
+    "xlm": "its blocks are spread over four lists of modules",
+    "zamba2": "its blocks share weights and adapters by block number",
+}
+
+# Numbers of the blocks at the front of the model that are special; order is kept, so recounting is exact.
+PREFIX_COUNTS = (
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "max_window_layers",
+    "moe_layer_start_index",
+    "num_hash_layers",
+)
+# Sets of block numbers.
+INDEX_SETS = (
+    "moe_layers",
+    "full_attn_idxs",
+    "mlp_only_layers",
+    "cross_attention_layers",
+    "attn_layer_indices",
+    "local_layer_ids",
+    "rope_scaling_layers",
+)
+# What a class makes a per-block list of when the JSON has none; once the list is written they would mislead.
+PERIODS = (
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "full_attention_interval",
+    "no_rope_layer_interval",
+    "interleave_moe_layer_step",
+    "global_attn_every_n_layers",
+    "layer_group_size",
+    "moe_layer_freq",
+)
+# Fields that nothing here can make exact for a shortened model when they have another value than the one named.
+UNSOLVED = {
+    "num_kv_shared_layers": 0,
+    "scale_attn_by_inverse_layer_idx": False,
+    "attn_layer_period": None,
+    "expert_layer_period": None,
+    "cross_layer_interval": None,
+    "scale_depth": None,
+    "decoder_sparse_step": 1,
+    "moe_layer_interval": 1,
+    "moe_layer_end_index": -1,
+    "hybrid_override_pattern": None,
+    "attention_types": None,
+    "per_layer_config": None,
+    "vocab_size_per_layer_input": None,
+    "num_nextn_predict_layers": 0,
+}
+
+
+def refusal(config: Mapping[str, Any]) -> str | None:
+    """Why blocks of this family cannot be deleted exactly; None where they can."""
+    _, text = text_config(config)
+    for family in (config.get("model_type"), text.get("model_type")):
+        if family in REFUSED:
+            return f"{family}: {REFUSED[family]}"
+    for field, harmless in UNSOLVED.items():
+        if field in text and text[field] not in (harmless, None):
+            return f"{text.get('model_type')}: {field} = {text[field]!r} depends on the block number"
+    return None
+
+
+def cut_config(config: Mapping[str, Any], anatomy: Anatomy, kept: Sequence[int]) -> dict[str, Any]:
+    """The content of config.json after all blocks but `kept` are gone.
+
+    kept: ascending block numbers of the base. Raises ShortcutError for a family that cannot be cut exactly.
+    """
+    if len(kept) == anatomy.depth:
+        return copy.deepcopy(dict(config))
+    if reason := refusal(config):
+        raise ShortcutError(f"cannot delete blocks of {reason}")
+    result = copy.deepcopy(dict(config))
+    text = result
+    for key in anatomy.config_path:
+        text = text[key]
+    if _derives_lists(config, anatomy):
+        _write_lists(text, resolve_config(config, anatomy), anatomy.depth)
+    for field, value in text.items():
+        text[field] = _cut_field(field, value, anatomy, kept)
+    return result
+
+
+def _cut_field(field: str, value: Any, anatomy: Anatomy, kept: Sequence[int]) -> Any:
+    if field in anatomy.depth_fields:
+        return len(kept)
+    if field in PREFIX_COUNTS and isinstance(value, int):
+        return sum(block < value for block in kept)
+    if field in INDEX_SETS and isinstance(value, list):
+        return [new for new, block in enumerate(kept) if block in value]
+    if is_per_block(field, value, anatomy.depth):
+        return [value[block] for block in kept]
+    return value
+
+
+def is_per_block(field: str, value: Any, depth: int) -> bool:
+    """Whether a config field is a list with one entry per block (and not, say, as many token ids by accident)."""
+    return (
+        isinstance(value, list) and len(value) == depth and not field.endswith(("_token_id", "_token_ids", "_section"))
+    )
+
+
+def _derives_lists(config: Mapping[str, Any], anatomy: Anatomy) -> bool:
+    """Whether the family's class may know per-block lists that this JSON lacks: not for plain families, and not where
+    transformers 5 wrote the whole text config (nested ones omit what equals the default)."""
+    _, text = text_config(config)
+    written = str(config.get("transformers_version", "")).split(".")[0]
+    complete = not anatomy.config_path and written.isdigit() and int(written) >= 5
+    return text.get("model_type") not in PLAIN and not complete
+
+
+def _write_lists(text: dict[str, Any], resolved: Mapping[str, Any], depth: int) -> None:
+    derived = {field: value for field, value in resolved.items() if is_per_block(field, value, depth)}
+    text.update({field: value for field, value in derived.items() if text.get(field) is None})
+    if derived:
+        for field in PERIODS:
+            text.pop(field, None)
+
+
+def resolve_config(config: Mapping[str, Any], anatomy: Anatomy) -> dict[str, Any]:
+    """What the family's own config class makes of the text config. Imports transformers, but no model."""
+    from transformers import AutoConfig
+
+    try:
+        resolved = AutoConfig.for_model(**config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShortcutError(f"transformers cannot read this config: {' '.join(str(error).split())[:200]}") from None
+    part: dict[str, Any] = resolved.to_dict()
+    for key in anatomy.config_path:
+        part = part[key]
+    return part

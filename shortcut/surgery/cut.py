@@ -1,0 +1,195 @@
+"""Carry a plan out on the files of a checkpoint: no model class, no tensor library, memory of a few megabytes.
+
+The plan becomes a list of output files (every tensor with its new name), then the files are written, then config.json,
+last of all: until it is there, nothing loads the folder.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shortcut import __version__
+from shortcut.errors import ShortcutError
+from shortcut.records.blocks import format_blocks
+from shortcut.records.plan import FORMAT, Plan
+from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint
+from shortcut.surgery.config import cut_config
+from shortcut.surgery.stage import RECORD
+from shortcut.surgery.tensors import Tensor, write_file
+from shortcut.text import format_count, format_size
+
+# Files beside the weights that stay behind: other forms of the weights, caches, and what speaks of the base alone.
+_LEFT_BEHIND = re.compile(
+    r"""(?x) .*\.(safetensors|bin|pth?|gguf|msgpack|h5|onnx|onnx_data|ot|tflite|index\.json)
+    | config\.json | README\.md | plan\.yaml | scores\.(json|png) | shortcut\.json | \..* """
+)
+_SKIPPED_FOLDERS = {"original", "onnx", "openvino", "optimizer", "runs", "metal", "coreml"}
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One weight file to be written: tensors of the base, each with its new name."""
+
+    name: str
+    tensors: tuple[tuple[str, Tensor], ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.size for _, tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class CutReport:
+    """What a cut wrote, or would write: files with their bytes, and the model before and after."""
+
+    out: str
+    plan: Plan
+    files: tuple[tuple[str, int], ...]
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    written: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for --json."""
+        return {**vars(self), "plan": self.plan.to_dict()}
+
+    def __str__(self) -> str:
+        plan = self.plan
+        verb = "wrote" if self.written else "would write"
+        return "\n".join(
+            [
+                f"{verb} {self.out}",
+                f"drops  {format_blocks(plan.dropped)}",
+                f"keeps  {format_blocks(plan.kept)} ({len(plan.kept)} of {plan.base.blocks} blocks)",
+                f"parameters {format_count(self.parameters_before)} -> {format_count(self.parameters_after)}, "
+                f"bytes {format_size(self.bytes_before)} -> {format_size(self.bytes_after)}",
+                *(f"{format_size(size):>9}  {name}" for name, size in self.files),
+            ]
+        )
+
+
+def report_cut(
+    checkpoint: Checkpoint, plan: Plan, out: Path, max_shard_size: int | None, *, written: bool
+) -> CutReport:
+    """Say what carrying out this plan writes; nothing is written here. Raises ShortcutError as `write_checkpoint`."""
+    cut_config(checkpoint.config, checkpoint.anatomy, plan.kept)
+    files = plan_files(checkpoint, plan, max_shard_size)
+    return CutReport(
+        out=str(out),
+        plan=plan,
+        files=tuple((file.name, file.size) for file in files),
+        parameters_before=checkpoint.parameters,
+        parameters_after=sum(tensor.parameters for file in files for _, tensor in file.tensors),
+        bytes_before=checkpoint.size,
+        bytes_after=sum(file.size for file in files),
+        written=written,
+    )
+
+
+def map_names(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
+    """Old name -> new name of every tensor that stays, blocks renumbered in their order."""
+    if checkpoint.anatomy.depth != plan.base.blocks:
+        raise ShortcutError(
+            f"the plan is for {plan.base.blocks} blocks and {checkpoint.name} has {checkpoint.anatomy.depth}"
+        )
+    numbers = {old: new for new, old in enumerate(plan.kept)}
+    names = {}
+    for name in checkpoint.tensors:
+        where = checkpoint.anatomy.split(name)
+        if where is None:
+            names[name] = name
+        elif where[0] in numbers:
+            names[name] = checkpoint.anatomy.join(numbers[where[0]], where[1])
+    return names
+
+
+def plan_files(checkpoint: Checkpoint, plan: Plan, max_shard_size: int | None = None) -> tuple[OutputFile, ...]:
+    """What the weight files of the result will be: the base's sharding, or shards of at most this many bytes."""
+    names = map_names(checkpoint, plan)
+    groups = [[tensor for tensor in file.tensors if tensor.name in names] for file in checkpoint.files]
+    metadata = [file.metadata for file in checkpoint.files]
+    if max_shard_size is not None:
+        groups = _pack([tensor for group in groups for tensor in group], max_shard_size)
+        metadata = [metadata[0]] * len(groups)
+    filled = [(group, meta) for group, meta in zip(groups, metadata, strict=True) if group]
+    count = len(filled)
+    return tuple(
+        OutputFile(
+            SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors",
+            tuple((names[tensor.name], tensor) for tensor in group),
+            meta,
+        )
+        for number, (group, meta) in enumerate(filled, 1)
+    )
+
+
+def _pack(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
+    groups: list[list[Tensor]] = [[]]
+    room = limit
+    for tensor in tensors:
+        if tensor.size > room and groups[-1]:
+            groups.append([])
+            room = limit
+        groups[-1].append(tensor)
+        room -= tensor.size
+    return groups
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    folder: Path,
+    *,
+    max_shard_size: int | None = None,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Checkpoint:
+    """Write the shortened checkpoint into an empty folder and read it back, header by header.
+
+    `advance` is told the bytes copied. Raises ShortcutError for a plan of another depth or a family that cannot be cut.
+    """
+    config = cut_config(checkpoint.config, checkpoint.anatomy, plan.kept)
+    files = plan_files(checkpoint, plan, max_shard_size)
+    for file in files:
+        write_file(folder / file.name, file.tensors, file.metadata, advance)
+    if len(files) > 1:
+        _write_json(folder / INDEX, _index(files))
+    _copy_side_files(checkpoint.folder, folder)
+    _write_json(folder / RECORD, {"shortcut": FORMAT, "version": __version__, "plan": plan.to_dict()})
+    _write_json(folder / "config.json", config)
+    result = read_checkpoint(folder)
+    planned = {name: (tensor.dtype, tensor.shape) for file in files for name, tensor in file.tensors}
+    if {name: (tensor.dtype, tensor.shape) for name, tensor in result.tensors.items()} != planned:
+        raise ShortcutError(f"{folder} does not hold what was written to it: check the disk")
+    return result
+
+
+def _index(files: tuple[OutputFile, ...]) -> dict[str, object]:
+    tensors = [tensor for file in files for _, tensor in file.tensors]
+    totals = {
+        "total_parameters": sum(tensor.parameters for tensor in tensors),
+        "total_size": sum(tensor.size for tensor in tensors),
+    }
+    weight_map = {name: file.name for file in files for name, _ in file.tensors}
+    return {"metadata": totals, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _copy_side_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, processors, templates, remote code, licences: all that is not weights or about the base."""
+    for path in sorted(source.rglob("*")):
+        inside = path.relative_to(source)
+        hidden = any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in inside.parts[:-1])
+        if path.is_file() and not hidden and not _LEFT_BEHIND.fullmatch(path.name):
+            (target / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / inside)
+
+
+def _write_json(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

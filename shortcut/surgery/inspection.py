@@ -1,0 +1,114 @@
+"""What a checkpoint is made of, from its headers and its config alone."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from shortcut.anatomy import Part, part_of, text_config
+from shortcut.records.blocks import format_blocks
+from shortcut.surgery.checkpoint import Checkpoint
+from shortcut.surgery.config import is_per_block, refusal
+from shortcut.text import format_count, format_size, format_table
+
+PARTS: tuple[Part, ...] = ("attention", "mlp", "norms", "other")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Parameters, as stored, and their bytes."""
+
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block: its kind, as far as the config names kinds, and what its parts hold."""
+
+    number: int
+    kind: str
+    parts: dict[str, Amount]
+
+    @property
+    def total(self) -> Amount:
+        return Amount(
+            sum(part.parameters for part in self.parts.values()), sum(part.bytes for part in self.parts.values())
+        )
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The blocks of a checkpoint and the rest of it, and what can be done to the family."""
+
+    model: str
+    family: str
+    dtypes: tuple[str, ...]
+    files: int
+    total: Amount
+    embeddings: Amount
+    rest: Amount
+    blocks: tuple[Block, ...]
+    refusal: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for --json."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = []
+        for kind in dict.fromkeys((block.kind, block.total) for block in self.blocks):
+            alike = [block for block in self.blocks if (block.kind, block.total) == kind]
+            parts = alike[0].parts
+            rows.append(
+                [
+                    format_blocks(block.number for block in alike),
+                    kind[0],
+                    *(format_count(parts[part].parameters) if part in parts else "-" for part in PARTS),
+                    format_count(kind[1].parameters),
+                    format_size(kind[1].bytes),
+                    f"{kind[1].parameters / self.total.parameters:.2%}",
+                ]
+            )
+        head = ["blocks", "kind", *PARTS, "each", "bytes", "of model"]
+        todo = f"refused: {self.refusal}" if self.refusal else "blocks can be dropped"
+        return "\n".join(
+            [
+                f"{self.model}",
+                f"{self.family}: {len(self.blocks)} blocks, {format_count(self.total.parameters)} parameters, "
+                f"{format_size(self.total.bytes)} of {'/'.join(self.dtypes)} in {self.files} file(s)",
+                "",
+                format_table(head, rows, left=2),
+                "",
+                f"embeddings {format_count(self.embeddings.parameters)}, the rest {format_count(self.rest.parameters)}",
+                todo,
+            ]
+        )
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    """Count parameters and bytes, block by block and part by part; no weight is read."""
+    _, text = text_config(checkpoint.config)
+    depth = checkpoint.anatomy.depth
+    kinds = [value for field, value in text.items() if is_per_block(field, value, depth) and field.endswith("_types")]
+    blocks = []
+    for number, tensors in enumerate(checkpoint.blocks):
+        parts: dict[str, Amount] = {}
+        for rest, tensor in tensors:
+            held = parts.get(part_of(rest), Amount(0, 0))
+            parts[part_of(rest)] = Amount(held.parameters + tensor.parameters, held.bytes + tensor.size)
+        blocks.append(Block(number, ", ".join(str(kind[number]) for kind in kinds) or "decoder", parts))
+    outside = [tensor for name, tensor in checkpoint.tensors.items() if checkpoint.anatomy.split(name) is None]
+    embedding = [t for t in outside if "emb" in t.name or "wte" in t.name or "wpe" in t.name or "lm_head" in t.name]
+    embeddings = Amount(sum(t.parameters for t in embedding), sum(t.size for t in embedding))
+    return Inspection(
+        model=checkpoint.name,
+        family=str(checkpoint.config.get("model_type", "unknown")),
+        dtypes=tuple(sorted({tensor.dtype for tensor in checkpoint.tensors.values()})),
+        files=len(checkpoint.files),
+        total=Amount(checkpoint.parameters, checkpoint.size),
+        embeddings=embeddings,
+        rest=Amount(
+            sum(t.parameters for t in outside) - embeddings.parameters, sum(t.size for t in outside) - embeddings.bytes
+        ),
+        blocks=tuple(blocks),
+        refusal=refusal(checkpoint.config),
+    )

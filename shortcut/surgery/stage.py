@@ -1,0 +1,105 @@
+"""Writing a folder so that it is there whole or not at all."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shortcut.errors import ShortcutError
+
+RECORD = "shortcut.json"  # the record that every folder written here carries
+
+
+def check_target(out: Path, *, overwrite: bool, base: Path | None = None) -> None:
+    """Refuse, before any work, an output folder that cannot be written without losing something.
+
+    Raises ShortcutError where `out` lies inside the base or holds it, is a file, is a folder that is not empty without
+    `overwrite`, or with it, one that shortcut did not write.
+    """
+    if base is not None:
+        target, source = out.resolve(), base.resolve()
+        if target == source or source in target.parents or target in source.parents:
+            raise ShortcutError(f"cannot write to {out}: it is the base {base}, lies inside it or holds it")
+    if out.is_dir():
+        if any(out.iterdir()) and not overwrite:
+            raise ShortcutError(f"{out} is not empty: name another folder, or --overwrite it")
+        if any(out.iterdir()) and not (out / RECORD).exists():
+            raise ShortcutError(f"{out} was not written by shortcut (no {RECORD} in it): name another folder")
+    elif out.exists():
+        raise ShortcutError(f"{out} is a file: name a folder")
+
+
+@contextmanager
+def staged(out: Path, *, overwrite: bool = False, base: Path | None = None) -> Iterator[Path]:
+    """Give a folder beside `out` to write into, which becomes `out` when the block ends well, and goes when it fails.
+
+    A leftover of a killed process is removed; one that a living process writes to is an error. Raises ShortcutError as
+    `check_target` does.
+    """
+    out = Path(os.path.abspath(out))
+    check_target(out, overwrite=overwrite, base=base)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ShortcutError(f"another process is writing {out}: wait for it, or name another folder") from None
+        _empty(partial)
+        try:
+            yield partial
+            _make_durable(partial)
+            _put_in_place(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _make_durable(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for path in [root, *(os.path.join(root, name) for name in names)]:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Rename, with what stood there before moved aside first, so that no moment shows a mixture."""
+    if not out.exists() or not any(out.iterdir()):
+        partial.rename(out)  # POSIX: an empty folder may be replaced
+    else:
+        old = out.with_name(f".{out.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+        partial.rename(out)
+        shutil.rmtree(old)
+    parent = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ShortcutError(f"cannot write {path}: {error.strerror}") from None
