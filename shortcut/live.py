@@ -1,0 +1,144 @@
+"""A live model: loading it so that nothing is silently random, finding its blocks, standing in for their forward."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shortcut.anatomy import find_anatomy
+from shortcut.errors import ShortcutError
+
+Model = Any  # a PreTrainedModel of transformers, which mypy does not follow
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of this name; "auto" is the first GPU, else the CPU. Raises ShortcutError for one not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError):
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ShortcutError(f"no device {device!r} on this machine: there are {', '.join(here)}") from None
+    return picked
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """The type a name means; "auto" is float32 on a CPU and the checkpoint's own type elsewhere."""
+    if dtype not in DTYPES:
+        raise ShortcutError(f"unknown dtype {dtype!r}: there are {', '.join(DTYPES)}")
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, dtype)
+
+
+def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Model:
+    """Load a checkpoint with plain `from_pretrained`, in evaluation mode, on one device.
+
+    Raises ShortcutError where any weight is missing, unexpected or of another shape: transformers itself only logs
+    that, and goes on with random numbers.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    where = pick_device(device)
+    options = {"dtype": pick_dtype(dtype, where), "device_map": {"": where}, "trust_remote_code": trust_remote_code}
+    try:
+        model, info = _auto_class(folder, trust_remote_code).from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ShortcutError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if wrong := sorted(map(str, info.get(kind) or ())):
+            raise ShortcutError(
+                f"{folder} does not load whole: {len(wrong)} {kind.replace('_', ' ')}, such as {wrong[0]}"
+            )
+    return model.eval()
+
+
+def _auto_class(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    family = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code).model_type
+    seeing = family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint. Raises ShortcutError where the folder has none that transformers reads."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ShortcutError(f"no usable tokenizer in {folder}: {' '.join(str(error).split())[:200]}") from None
+
+
+def find_blocks(model: Model) -> nn.ModuleList:
+    """The list of decoder blocks of a live transformers model, in order.
+
+    Raises ShortcutError, as `find_anatomy` does, where they cannot be told.
+    """
+    anatomy = find_anatomy((name for name, _ in model.named_parameters()), model.config.to_dict())
+    return model.get_submodule(anatomy.container.removesuffix("."))
+
+
+def find_decoder(model: Model) -> nn.Module:
+    """The part of the model that turns token ids into hidden states: all but the vocabulary projection."""
+    return model.get_decoder() or model.base_model
+
+
+def decode(model: Model, ids: Tensor, mask: Tensor | None = None) -> Any:
+    """Run the decoder without a cache on token ids: (batch, tokens)."""
+    return find_decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+@contextmanager
+def forwards_replaced(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules another forward for the length of a `with` block; they get back exactly what they had."""
+    with ExitStack() as stack:
+        for module, forward in replacements.items():
+            if "forward" in vars(module):  # an earlier stand-in, or accelerate's own
+                stack.callback(setattr, module, "forward", module.forward)
+            else:
+                stack.callback(delattr, module, "forward")
+            module.forward = forward
+        yield
+
+
+def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a block."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def hidden_output(output: Any) -> Tensor:
+    """The hidden states in what a block returns: a tensor, or a tuple that starts with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def output_forms(model: Model) -> list[Callable[[Tensor], Any]]:
+    """For every block, how it wraps the hidden states it returns, learnt from a pass over a single token."""
+    forms: dict[nn.Module, Callable[[Tensor], Any]] = {}
+
+    def learn(block: nn.Module, _: Any, output: Any) -> None:
+        extra = len(output) - 1 if isinstance(output, tuple) else None
+        forms[block] = lambda hidden: hidden if extra is None else (hidden, *[None] * extra)
+
+    blocks = find_blocks(model)
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.register_forward_hook(learn).remove)
+        with torch.no_grad():
+            decode(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    return [forms[block] for block in blocks]
