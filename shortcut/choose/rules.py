@@ -1,0 +1,88 @@
+"""Which blocks go: pure rules over scores. No rule looks at a model."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
+
+from shortcut.errors import ShortcutError
+from shortcut.records.blocks import parse_blocks
+from shortcut.records.scores import Scores
+
+Select = Literal["lowest", "span", "deepest"]
+
+
+def removals(
+    rule: Select, depth: int, protected: Iterable[int] = (), scores: Scores | None = None, metric: str = ""
+) -> list[tuple[int, ...]]:
+    """What goes when 1, 2, 3 ... blocks go, each ascending; as many entries as blocks may go at most.
+
+    lowest: the lowest scores, each block on its own. span: the consecutive blocks whose span scores lowest, starting at
+    any of 0..depth-count inclusive. deepest: from the last block but one upwards (the last stays), as in Deeper Layers.
+    Ties go to the deeper block. Protected blocks never go. Raises ShortcutError for a rule without the scores it needs.
+    """
+    shielded = set(protected)
+    candidates = [block for block in range(depth) if block not in shielded]
+    if rule == "deepest":
+        return _growing([block for block in reversed(candidates) if block != depth - 1], depth)
+    if rule not in get_args(Select):
+        raise ShortcutError(f"unknown rule {rule!r}: there are {', '.join(get_args(Select))}")
+    if scores is None:
+        raise ShortcutError(f"--select {rule} needs scores: give a scores.json, or --select deepest")
+    if rule == "lowest":
+        values = scores.of_blocks(metric)
+        return _growing(sorted(candidates, key=lambda block: (values[block], -block)), depth)
+    found = []
+    for count in range(1, depth):
+        spans = scores.of_spans(metric, count)
+        free = [start for start in range(depth - count + 1) if shielded.isdisjoint(range(start, start + count))]
+        if not free:
+            break
+        best = min(free, key=lambda start: (spans[start], -start))
+        found.append(tuple(range(best, best + count)))
+    return found
+
+
+def _growing(order: Sequence[int], depth: int) -> list[tuple[int, ...]]:
+    return [tuple(sorted(order[:count])) for count in range(1, min(len(order), depth - 1) + 1)]
+
+
+def pick_count(choices: Sequence[tuple[int, ...]], count: int, depth: int) -> tuple[int, ...]:
+    """The choice of this many blocks. Raises ShortcutError, naming the possible numbers, where there is none."""
+    if not 1 <= count <= len(choices):
+        possible = f"1 to {len(choices)} can go" if choices else "none can go"
+        raise ShortcutError(f"cannot drop {count} of {depth} blocks: {possible}")
+    return choices[count - 1]
+
+
+def pick_ratio(
+    choices: Sequence[tuple[int, ...]], share: float, parameters: int, block_parameters: Sequence[int]
+) -> tuple[int, ...]:
+    """The smallest choice that holds at least this share of all parameters of the model.
+
+    Raises ShortcutError where even the largest holds less.
+    """
+    shares = [sum(block_parameters[block] for block in choice) / parameters for choice in choices]
+    for choice, held in zip(choices, shares, strict=True):
+        if held >= share:
+            return choice
+    raise ShortcutError(
+        f"cannot remove {share:.2%} of the parameters: the blocks that may go hold {max(shares, default=0):.2%}"
+    )
+
+
+def parse_protect(text: str, depth: int) -> tuple[int, ...]:
+    """Blocks that must stay: a block list, "none", or "plus": the first four and the last two (Shortened LLaMA)."""
+    if text == "none":
+        return ()
+    if text == "plus":
+        return tuple(sorted({*range(min(4, depth)), *range(max(0, depth - 2), depth)}))
+    return parse_blocks(text, depth)
+
+
+def parse_ratio(text: str) -> float:
+    """Read "25%" or "0.25" as a share between 0 and 1, both excluded."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(%?)\s*", text)
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0
+    if not 0 < share < 1:
+        raise ShortcutError(f"cannot use the ratio {text!r}: write a share of the parameters such as 25% or 0.25")
+    return share
