@@ -1,0 +1,48 @@
+"""shortcut: rank the decoder blocks of a transformer and write a physically shorter checkpoint.
+
+Everything the command line does is here as a function of the same name and options:
+
+    import shortcut
+
+    scores = shortcut.score("org/model", metric="block-influence,angular")
+    plan = shortcut.plan(scores, count=7)
+    shortcut.cut("org/model", "shorter", plan=plan)
+    shortcut.check("shorter")
+
+Importing this package imports neither torch nor transformers; the functions do, where they need them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from shortcut.commands import check as check
+    from shortcut.commands import cut as cut
+    from shortcut.commands import inspect as inspect
+    from shortcut.commands import plan as plan
+    from shortcut.commands import score as score
+    from shortcut.errors import ShortcutError as ShortcutError
+    from shortcut.records.plan import Plan as Plan
+    from shortcut.records.scores import Scores as Scores
+    from shortcut.road import demo as demo
+    from shortcut.road import prune as prune
+    from shortcut.road import run as run
+    from shortcut.surgery.preview import preview as preview
+
+_HOME = {
+    **dict.fromkeys(("check", "cut", "inspect", "plan", "score"), "shortcut.commands"),
+    **dict.fromkeys(("demo", "prune", "run"), "shortcut.road"),
+    "Plan": "shortcut.records.plan",
+    "Scores": "shortcut.records.scores",
+    "ShortcutError": "shortcut.errors",
+    "preview": "shortcut.surgery.preview",
+}
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'shortcut' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""`python -m shortcut`, which is also what torchrun starts."""
+
+from shortcut.cli import entry
+
+entry()

@@ -1,0 +1,234 @@
+"""The verbs: each is a function here and a command of the same name and options on the command line.
+
+Every result prints as the command prints it, and `to_dict()` gives it as plain data. Options are described once, in
+`option_help.py`. All raise ShortcutError for what the user can mend.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortcut.choose.rules import Select, parse_protect, parse_ratio, pick_count, pick_ratio, removals
+from shortcut.errors import ShortcutError
+from shortcut.progress import byte_bar, say, track
+from shortcut.records.blocks import parse_blocks
+from shortcut.records.plan import Plan, format_plan, read_plan
+from shortcut.records.scores import Scores, format_scores, read_scores
+from shortcut.sources import open_model
+from shortcut.surgery.checkpoint import read_checkpoint, read_json
+from shortcut.surgery.cut import CutReport, report_cut, write_checkpoint
+from shortcut.surgery.inspection import Inspection, inspect_checkpoint
+from shortcut.surgery.stage import RECORD, check_target, staged, write_text
+from shortcut.text import parse_size
+
+if TYPE_CHECKING:
+    from shortcut.check.verify import CheckReport
+
+
+def inspect(model: str | Path, *, revision: str | None = None, quiet: bool = False) -> Inspection:
+    """Show the blocks of a model, their parameters and bytes, and what can be done to it.
+
+    Reads headers and config only; a model on the Hub is fetched first.
+    """
+    return inspect_checkpoint(open_model(model, revision, quiet=quiet))
+
+
+def score(
+    model: str | Path,
+    *,
+    metric: str = "block-influence,angular",
+    data: str = "default",
+    split: str = "train",
+    column: str | None = None,
+    samples: int = 16,
+    length: int = 512,
+    by_document: bool = False,
+    seed: int = 0,
+    batch_size: int = 4,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    out: Path | None = None,
+    plot: Path | None = None,
+    quiet: bool = False,
+) -> Scores:
+    """Score every block of a model on some text: higher is more important.
+
+    All metrics come from one walk through the blocks, at the cost of about one forward pass. Metrics of spans (angular,
+    angular-all) score every span of every length; the table shows single blocks, --out and --plot all.
+    """
+    from shortcut.live import load_model, load_tokenizer
+    from shortcut.score.calibration import Source, make_batches, make_calibration
+    from shortcut.score.metrics import pick_metrics
+    from shortcut.score.walk import score_blocks
+
+    metrics = pick_metrics(metric)
+    checkpoint = open_model(model, revision, quiet=quiet)
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    calibration = make_calibration(
+        tokenizer, Source(data, split, column), samples=samples, length=length, seed=seed, by_document=by_document
+    )
+    say(f"scoring {checkpoint.base.blocks} blocks of {checkpoint.name} on {calibration.tokens} tokens", quiet=quiet)
+    live = load_model(checkpoint.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    batches = make_batches(calibration, batch_size, live.device)
+    scores = Scores(
+        base=checkpoint.base,
+        parameters=checkpoint.parameters,
+        block_parameters=checkpoint.block_parameters,
+        metrics=score_blocks(live, track(batches, "scoring", quiet=quiet), metrics),
+        calibration=calibration.record(),
+        settings={
+            "device": str(live.device),
+            "dtype": str(live.dtype).removeprefix("torch."),
+            "batch_size": batch_size,
+        },
+    )
+    if out is not None:
+        write_text(out, format_scores(scores))
+    if plot is not None:
+        from shortcut.publish.plots import draw_scores
+
+        draw_scores(scores, plot)
+    return scores
+
+
+def plan(
+    scores: str | Path | Scores,
+    *,
+    count: int | None = None,
+    ratio: str | None = None,
+    drop: str | None = None,
+    select: Select = "lowest",
+    metric: str | None = None,
+    protect: str = "none",
+    revision: str | None = None,
+    out: Path | None = None,
+) -> Plan:
+    """Choose the blocks that go, and print the plan as YAML.
+
+    Say how many with --count or --ratio, or which with --drop. Without --metric the first one of the scores counts.
+    """
+    if isinstance(scores, str | Path) and Path(scores).suffix == ".json":
+        scores = read_scores(Path(scores))
+    if isinstance(scores, Scores):
+        base, parameters, block_parameters = scores.base, scores.parameters, scores.block_parameters
+        metric = metric or next(iter(scores.metrics))
+    else:
+        checkpoint = open_model(scores, revision)
+        base, parameters, block_parameters = checkpoint.base, checkpoint.parameters, checkpoint.block_parameters
+    if sum(given is not None for given in (count, ratio, drop)) != 1:
+        raise ShortcutError("say what goes with one of --count, --ratio and --drop")
+    why: dict[str, Any] = {}
+    if drop is not None:
+        blocks = parse_blocks(drop, base.blocks)
+    else:
+        known = scores if isinstance(scores, Scores) else None
+        choices = removals(select, base.blocks, parse_protect(protect, base.blocks), known, metric or "")
+        if count is not None:
+            blocks = pick_count(choices, count, base.blocks)
+        else:
+            blocks = pick_ratio(choices, parse_ratio(str(ratio)), parameters, block_parameters)
+        why = {"select": select, "protect": protect}
+        if known is not None and select != "deepest":
+            why |= {"metric": metric, "calibration": dict(known.calibration), "settings": dict(known.settings)}
+    chosen = Plan.dropping(base, blocks, why)
+    if out is not None:
+        write_text(out, format_plan(chosen))
+    return chosen
+
+
+def cut(
+    model: str | Path,
+    out: str | Path,
+    *,
+    plan: str | Path | Plan | None = None,
+    drop: str | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    max_shard_size: str | None = None,
+    revision: str | None = None,
+    quiet: bool = False,
+) -> CutReport:
+    """Write the shortened checkpoint: byte for byte the base's tensors, without those of the dropped blocks.
+
+    Works on the files alone: any size, any number type, a few megabytes of memory. OUT is there whole or not at all.
+    """
+    if (plan is None) == (drop is None):
+        raise ShortcutError("say what goes with one of --plan and --drop")
+    checkpoint = open_model(model, revision, quiet=quiet)
+    if drop is not None:
+        plan = Plan.dropping(checkpoint.base, parse_blocks(drop, checkpoint.base.blocks))
+    elif not isinstance(plan, Plan):
+        plan = read_plan(Path(str(plan)))
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
+    check_target(Path(out), overwrite=overwrite, base=checkpoint.folder)
+    report = report_cut(checkpoint, plan, Path(out), limit, written=not dry_run)
+    if not dry_run:
+        with (
+            staged(Path(out), overwrite=overwrite, base=checkpoint.folder) as folder,
+            byte_bar(report.bytes_after, "writing", quiet=quiet) as advance,
+        ):
+            write_checkpoint(checkpoint, plan, folder, max_shard_size=limit, advance=advance)
+    return report
+
+
+def check(
+    checkpoint: str | Path,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    data: str = "heldout",
+    split: str = "train",
+    column: str | None = None,
+    samples: int = 16,
+    length: int = 512,
+    by_document: bool = False,
+    seed: int = 0,
+    batch_size: int = 4,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> "CheckReport":
+    """Verify a shortened checkpoint against its base, and measure the perplexity of both.
+
+    It has to load with plain from_pretrained without a missing or unexpected key, its tensors have to be the base's
+    byte for byte, and its logits those of the base with the dropped blocks bypassed. Fails at the first thing that is
+    not so. A checkpoint that shortcut did not write is only loaded and measured.
+    """
+    from shortcut.check.verify import check_checkpoint
+    from shortcut.live import load_tokenizer
+    from shortcut.score.calibration import Source, make_calibration
+
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise ShortcutError(f"no folder {folder}")
+    short = read_checkpoint(folder)
+    carried_out = read_record(folder)
+    if carried_out is None and base is not None:
+        raise ShortcutError(f"{folder} has no record ({RECORD}) of what was dropped from {base}")
+    original = None
+    if carried_out is not None:
+        original = open_model(base or carried_out.base.model, revision or carried_out.base.revision, quiet=quiet)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    heldout = make_calibration(
+        tokenizer, Source(data, split, column), samples=samples, length=length, seed=seed, by_document=by_document
+    )
+    return check_checkpoint(
+        short,
+        (original, carried_out) if original is not None and carried_out is not None else None,
+        heldout,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
+    )
+
+
+def read_record(folder: Path) -> Plan | None:
+    """The plan that a checkpoint says it was made by; None where shortcut did not cut it."""
+    if not (folder / RECORD).exists():
+        return None
+    record = read_json(folder / RECORD)
+    return Plan.from_dict(record["plan"], str(folder / RECORD)) if "plan" in record else None

@@ -1,0 +1,144 @@
+"""Pictures of scores: a bar chart for every metric of single blocks, a heat map for every metric of spans."""
+
+import io
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shortcut.errors import ShortcutError
+from shortcut.records.scores import Scores
+from shortcut.score.metrics import METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+
+WIDTH, BARS_HEIGHT, MAP_HEIGHT = 6.4, 2.9, 5.4  # inches of one panel
+KEPT, DROPPED, INK, PALE = "#5b8db8", "#d55e00", "#333333", "#e2e2e2"  # blue and vermilion differ to every eye
+SMALL = 9  # points
+LOG_FROM = 10  # the largest score over the smallest, from which on a linear axis would hide the small ones
+
+
+def draw_scores(scores: Scores, path: Path, dropped: Sequence[int] = ()) -> None:
+    """Write one PNG with a panel per metric and the dropped blocks marked; raises ShortcutError where it cannot."""
+    if path.suffix.lower() != ".png":
+        raise ShortcutError(f"cannot draw {path}: the picture has to be a .png file")
+    if not path.parent.is_dir():
+        raise ShortcutError(f"cannot draw {path}: there is no folder {path.parent}")
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError:
+        raise ShortcutError('drawing needs matplotlib: pip install "shortcut[plot]"') from None
+    rows = _arrange(scores)
+    columns = max(map(len, rows))
+    heights = [MAP_HEIGHT if _is_map(scores, row[0]) else BARS_HEIGHT for row in rows]
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(WIDTH * columns, sum(heights) + 0.4), layout=layout, facecolor="white")
+    figure.suptitle(_describe(scores), fontsize=12, color=INK, parse_math=False)
+    grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
+    for place, row in enumerate(rows):
+        for column, name in enumerate(row):
+            axes = figure.add_subplot(grid[place, column if len(row) == columns else slice(None)])
+            (_draw_map if _is_map(scores, name) else _draw_bars)(axes, scores, name, set(dropped))
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    try:
+        path.write_bytes(picture.getvalue())
+    except OSError as error:
+        raise ShortcutError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _is_map(scores: Scores, name: str) -> bool:
+    return isinstance(scores.metrics[name][0], tuple)
+
+
+def _arrange(scores: Scores) -> list[list[str]]:
+    """Metrics in rows of at most two, bar charts before heat maps; one in a row has its whole width."""
+    groups = [[name for name in scores.metrics if _is_map(scores, name) is kind] for kind in (False, True)]
+    columns = min(2, max(map(len, groups)))
+    return [names[i : i + columns] for names in groups for i in range(0, len(names), columns)]
+
+
+def _describe(scores: Scores) -> str:
+    """The model and what it was calibrated on, in one line."""
+    record = scores.calibration
+    model = Path(scores.base.model).name or scores.base.model
+    source = Path(str(record["data"])).name if "data" in record else ""
+    size = f"{record['samples']} × {record['length']} tokens" if {"samples", "length"} <= set(record) else ""
+    calibration = ", ".join(filter(None, (source, size)))
+    return f"{model}  ·  calibration: {calibration}" if calibration else model
+
+
+def _draw_bars(axes: "Axes", scores: Scores, name: str, dropped: set[int]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    values = np.array(scores.of_blocks(name))
+    label = f"score: {METRICS[name].formula}" if name in METRICS else "score"
+    positive = values[values > 0]
+    ratio = positive.max() / positive.min() if positive.size else 1
+    if ratio >= LOG_FROM:
+        label += " (log scale)"
+        axes.set_yscale("log", subs=())
+        axes.set_ylim(positive.min() / 1.5, positive.max() * 1.3)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1000 else (1,)))
+        axes.yaxis.set_major_formatter("{x:g}")
+    _style(axes, name, "block", label)
+    _count_on(axes.xaxis)
+    axes.grid(axis="y", color=PALE, linewidth=0.8)
+    for legend, color, chosen in (("kept", KEPT, False), ("dropped", DROPPED, True)):
+        blocks = [block for block in range(len(values)) if (block in dropped) is chosen]
+        axes.bar(blocks, values[blocks], 0.8, color=color, label=legend)
+    axes.set_xlim(-0.7, len(values) - 0.3)
+    if dropped:
+        _add_legend(axes)
+
+
+def _draw_map(axes: "Axes", scores: Scores, name: str, dropped: set[int]) -> None:
+    from matplotlib.colors import PowerNorm
+
+    depth = scores.base.blocks
+    _style(axes, name, "first block of the span", "blocks in the span")
+    _count_on(axes.xaxis)
+    _count_on(axes.yaxis)
+    shades = np.full((depth, depth), np.nan)
+    for number in range(depth):
+        row = np.array(scores.of_spans(name, number + 1))
+        shades[number, : len(row)] = (row - row.min()) / (np.ptp(row) or 1)
+    corners = (-0.5, depth - 0.5, depth + 0.5, 0.5)
+    scale = PowerNorm(0.5, 0, 1)  # a linear one shows little but the first block, which is far above all others
+    image = axes.imshow(shades, "viridis", scale, aspect="auto", interpolation="nearest", extent=corners)
+    dot = min(36, (240 / depth) ** 2)
+    best = np.nanargmin(shades, axis=1)
+    axes.scatter(best, range(1, depth + 1), dot, "white", edgecolors=INK, linewidths=0.5, label="lowest of its row")
+    if firsts := [block for block in sorted(dropped) if block - 1 not in dropped]:
+        lengths = [next(n for n in count(1) if first + n not in dropped) for first in firsts]
+        axes.scatter(firsts, lengths, 90, "none", marker="s", edgecolors=DROPPED, linewidths=2, label="dropped")
+    bar = axes.figure.colorbar(image, ax=axes, aspect=40, pad=0.02, ticks=[0, 0.05, 0.2, 0.4, 0.6, 0.8, 1])
+    bar.ax.yaxis.set_major_formatter("{x:g}")
+    _style(bar.ax, "", "", "score, from lowest (0) to highest (1) of each row")
+    _add_legend(axes)
+
+
+def _add_legend(axes: "Axes") -> None:
+    """Above the panel on the right, where it hides nothing."""
+    style = {"frameon": False, "fontsize": SMALL, "labelcolor": INK, "borderaxespad": 0.1}
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, **style)
+
+
+def _style(axes: "Axes", title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False)
+    axes.set_xlabel(x, fontsize=SMALL, color=INK)
+    axes.set_ylabel(y, fontsize=SMALL, color=INK)
+    axes.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
+    axes.spines[:].set_visible(False)
+    axes.set_axisbelow(True)
+
+
+def _count_on(axis: "Axis") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(10, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))

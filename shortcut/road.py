@@ -1,0 +1,208 @@
+"""The whole road in one call: score, plan, cut, check; from options (`prune`), from a file (`run`), as a demo."""
+
+import importlib.util
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from shortcut import commands
+from shortcut.arguments import UsageError, bind, options_of
+from shortcut.choose.rules import Select
+from shortcut.errors import ShortcutError
+from shortcut.progress import byte_bar, say
+from shortcut.records.blocks import format_blocks
+from shortcut.records.plan import format_plan
+from shortcut.records.scores import Scores, format_scores
+from shortcut.sources import embedded_model, open_model
+from shortcut.surgery.cut import CutReport, report_cut, write_checkpoint
+from shortcut.surgery.stage import check_target, staged, write_text
+from shortcut.text import format_count, format_size, format_table, parse_size
+
+if TYPE_CHECKING:
+    from shortcut.check.speed import Speed
+    from shortcut.check.verify import CheckReport
+
+
+HELDOUT_LENGTH = 512  # tokens of a sequence at most, when the result is checked
+DEMO_SHARE = 0.2  # of the blocks
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune` did: scores (None where none were needed), the cut, the check."""
+
+    scores: Scores | None
+    cut: CutReport
+    check: "CheckReport"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for --json."""
+        scores = None if self.scores is None else self.scores.to_dict()
+        return {"scores": scores, "cut": self.cut.to_dict(), "check": self.check.to_dict()}
+
+    def __str__(self) -> str:
+        parts = [] if self.scores is None else [str(self.scores), ""]
+        return "\n".join([*parts, str(self.cut), "", str(self.check)])
+
+
+def prune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    count: int | None = None,
+    ratio: str | None = None,
+    drop: str | None = None,
+    select: Select = "lowest",
+    metric: str = "block-influence",
+    protect: str = "none",
+    data: str = "default",
+    split: str = "train",
+    column: str | None = None,
+    samples: int = 16,
+    length: int = 512,
+    by_document: bool = False,
+    seed: int = 0,
+    batch_size: int = 4,
+    heldout: str = "heldout",
+    device: str = "auto",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    max_shard_size: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> PruneReport:
+    """Score, plan, cut and check in one go, and leave plan, scores, record and model card in OUT.
+
+    Say how many blocks go with --count or --ratio, or which with --drop. OUT is there only if the check passed.
+    """
+    base, target = open_model(model, revision, quiet=quiet), Path(out)
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
+    amount: dict[str, Any] = {"count": count, "ratio": ratio, "drop": drop}
+    rule: dict[str, Any] = {"select": select, "protect": protect, "metric": metric.split(",")[0]}
+    text: dict[str, Any] = {"split": split, "column": column, "samples": samples, "length": length}
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    common: dict[str, Any] = {"by_document": by_document, "batch_size": batch_size, "quiet": quiet, **loading}
+
+    # What is wrong with the request is said before the long work, not after it.
+    check_target(target, overwrite=overwrite, base=base.folder)
+    blank = Scores(
+        base.base, base.parameters, base.block_parameters, {rule["metric"]: (0.0,) * base.base.blocks}, {}, {}
+    )
+    report_cut(base, commands.plan(blank, **amount, **rule), target, limit, written=False)
+
+    scores = None
+    if drop is None and select != "deepest":
+        scores = commands.score(model, metric=metric, data=data, revision=revision, seed=seed, **text, **common)
+    plan = commands.plan(scores or blank, **amount, **rule)
+    cut = report_cut(base, plan, target, limit, written=True)
+    with staged(target, overwrite=overwrite, base=base.folder) as folder:
+        with byte_bar(cut.bytes_after, "writing", quiet=quiet) as advance:
+            write_checkpoint(base, plan, folder, max_shard_size=limit, advance=advance)
+        checked = commands.check(
+            folder, base=str(base.folder), data=heldout, length=min(length, HELDOUT_LENGTH), **common
+        )
+        report = PruneReport(scores, cut, replace(checked, checkpoint=str(out), base=base.name))
+        _describe(folder, report)
+    return report
+
+
+def _describe(folder: Path, report: PruneReport) -> None:
+    """Write beside the weights how they came about: plan, scores, picture where matplotlib is there, model card."""
+    from shortcut.publish.card import format_card
+    from shortcut.publish.plots import draw_scores
+
+    plan = report.cut.plan
+    write_text(folder / "plan.yaml", format_plan(plan))
+    picture = report.scores is not None and importlib.util.find_spec("matplotlib") is not None
+    if report.scores is not None:
+        write_text(folder / "scores.json", format_scores(report.scores))
+        if picture:
+            draw_scores(report.scores, folder / "scores.png", plan.dropped)
+    write_text(folder / "README.md", format_card(plan, report.cut, report.check, picture=picture))
+
+
+def run(recipe: Path, *, quiet: bool = False) -> Any:
+    """Run the command that a recipe file describes, with its options by name.
+
+    A recipe is YAML: `command: prune`, then that command's options, such as `model: org/name` or `count: 7`.
+    """
+    try:
+        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ShortcutError(f"cannot read the recipe {recipe}: {' '.join(str(error).split())}") from None
+    runnable = {
+        command.__name__: command
+        for command in (commands.inspect, commands.score, commands.plan, commands.cut, prune, commands.check)
+    }
+    if not isinstance(content, dict) or content.get("command") not in runnable:
+        raise ShortcutError(f"{recipe} needs an entry command: with one of {', '.join(runnable)}")
+    command = runnable[content.pop("command")]
+    texts = {str(name).replace("-", "_"): str(value) for name, value in content.items()}
+    if quiet and "quiet" in options_of(command):
+        texts["quiet"] = "True"
+    try:
+        arguments = bind(command, texts)
+    except UsageError as error:
+        raise ShortcutError(f"{recipe}: {error}") from None
+    return command(**arguments)
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demo shows beyond `prune`: tokens per second, and how to load the result."""
+
+    pruned: PruneReport
+    speed_base: "Speed"
+    speed: "Speed"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for --json."""
+        return {**self.pruned.to_dict(), "speed": {"base": asdict(self.speed_base), "shortened": asdict(self.speed)}}
+
+    def __str__(self) -> str:
+        cut, check, plan = self.pruned.cut, self.pruned.check, self.pruned.cut.plan
+        depth, kept = plan.base.blocks, len(plan.kept)
+        rows: list[list[object]] = [
+            ["blocks", depth, kept],
+            ["parameters", *map(format_count, (cut.parameters_before, cut.parameters_after))],
+            ["bytes", *map(format_size, (cut.bytes_before, cut.bytes_after))],
+            ["prompt tokens/s", *(f"{speed.prefill:.0f}" for speed in (self.speed_base, self.speed))],
+            ["new tokens/s", *(f"{speed.decode:.1f}" for speed in (self.speed_base, self.speed))],
+            ["perplexity", *(f"{value:.2f}" for value in (check.perplexity_base or 0.0, check.perplexity))],
+        ]
+        return "\n".join(
+            [
+                str(self.pruned.scores),
+                "",
+                f"dropped  {format_blocks(plan.dropped)}",
+                f"kept     {format_blocks(plan.kept)}",
+                "",
+                format_table(["", "base", "shortened"], rows),
+                "",
+                f"perplexity on {check.text}; a base without {depth - kept} of its {depth} blocks can gain a factor of "
+                f"{depth / kept:.2f} in speed",
+                f"logits differ by at most {check.logit_difference:.3g} from the base with these blocks bypassed",
+                "",
+                f"base       {cut.plan.base.model}",
+                f"shortened  {Path(cut.out).resolve()}  (plan.yaml, scores.json, scores.png and a model card inside)",
+                "",
+                "from transformers import AutoModelForCausalLM",
+                f'model = AutoModelForCausalLM.from_pretrained("{cut.out}")',
+            ]
+        )
+
+
+def demo(out: str = "smollm2-short", *, overwrite: bool = False, quiet: bool = False) -> DemoReport:
+    """Shorten the embedded model, SmolLM2-135M-Instruct, by a fifth, and show what that costs and gains."""
+    from shortcut.check.speed import measure_speed
+    from shortcut.live import load_model
+
+    base = open_model(embedded_model(), quiet=quiet)
+    count = round(base.base.blocks * DEMO_SHARE)
+    pruned = prune(base.name, out, count=count, metric="block-influence,angular", overwrite=overwrite, quiet=quiet)
+    say("measuring speed", quiet=quiet)
+    before, after = measure_speed([load_model(base.folder), load_model(Path(out))])
+    return DemoReport(pruned, before, after)
