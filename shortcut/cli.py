@@ -102,7 +102,7 @@ def _parse(words: list[str]) -> Callable[[], Any]:
 
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            fire.Fire({words[0]: note}, [words[0], *_spell_out(words[1:], options)], "shortcut", lambda _: "")
+            fire.Fire({words[0]: note}, [words[0], *_spell_out(words[1:], options)], "shortcut", lambda _: None)
     except fire.core.FireExit as stop:
         raise UsageError(_reason(stop.trace.elements[-1].ErrorAsStr())) from None
     return calls[0]

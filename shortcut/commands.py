@@ -21,7 +21,7 @@ from shortcut.surgery.stage import RECORD, check_target, staged, write_text
 from shortcut.text import parse_size
 
 if TYPE_CHECKING:
-    from shortcut.check.verify import CheckReport
+    from shortcut.checking.verify import CheckReport
 
 
 def inspect(model: str | Path, *, revision: str | None = None, quiet: bool = False) -> Inspection:
@@ -57,12 +57,13 @@ def score(
     All metrics come from one walk through the blocks, at the cost of about one forward pass. Metrics of spans (angular,
     angular-all) score every span of every length; the table shows single blocks, --out and --plot all.
     """
-    from shortcut.live import load_model, load_tokenizer
-    from shortcut.score.calibration import Source, make_batches, make_calibration
-    from shortcut.score.metrics import pick_metrics
-    from shortcut.score.walk import score_blocks
+    from shortcut.live import load_model, load_tokenizer, pick_device, pick_dtype
+    from shortcut.scoring.calibration import Source, make_batches, make_calibration
+    from shortcut.scoring.metrics import pick_metrics
+    from shortcut.scoring.walk import score_blocks
 
     metrics = pick_metrics(metric)
+    pick_dtype(dtype, pick_device(device))
     checkpoint = open_model(model, revision, quiet=quiet)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
     calibration = make_calibration(
@@ -196,9 +197,9 @@ def check(
     byte for byte, and its logits those of the base with the dropped blocks bypassed. Fails at the first thing that is
     not so. A checkpoint that shortcut did not write is only loaded and measured.
     """
-    from shortcut.check.verify import check_checkpoint
+    from shortcut.checking.verify import check_checkpoint
     from shortcut.live import load_tokenizer
-    from shortcut.score.calibration import Source, make_calibration
+    from shortcut.scoring.calibration import Source, make_calibration
 
     folder = Path(checkpoint)
     if not folder.is_dir():

@@ -21,8 +21,8 @@ from shortcut.surgery.stage import check_target, staged, write_text
 from shortcut.text import format_count, format_size, format_table, parse_size
 
 if TYPE_CHECKING:
-    from shortcut.check.speed import Speed
-    from shortcut.check.verify import CheckReport
+    from shortcut.checking.speed import Speed
+    from shortcut.checking.verify import CheckReport
 
 
 HELDOUT_LENGTH = 512  # tokens of a sequence at most, when the result is checked
@@ -182,8 +182,8 @@ class DemoReport:
                 "",
                 format_table(["", "base", "shortened"], rows),
                 "",
-                f"perplexity on {check.text}; a base without {depth - kept} of its {depth} blocks can gain a factor of "
-                f"{depth / kept:.2f} in speed",
+                f"perplexity on {check.text}",
+                f"speed can at best gain a factor of {depth / kept:.2f}, the ratio of blocks",
                 f"logits differ by at most {check.logit_difference:.3g} from the base with these blocks bypassed",
                 "",
                 f"base       {cut.plan.base.model}",
@@ -197,7 +197,7 @@ class DemoReport:
 
 def demo(out: str = "smollm2-short", *, overwrite: bool = False, quiet: bool = False) -> DemoReport:
     """Shorten the embedded model, SmolLM2-135M-Instruct, by a fifth, and show what that costs and gains."""
-    from shortcut.check.speed import measure_speed
+    from shortcut.checking.speed import measure_speed
     from shortcut.live import load_model
 
     base = open_model(embedded_model(), quiet=quiet)

@@ -1,7 +1,9 @@
 """What MODEL means: a folder, a Hub id, a GGUF file, or the embedded model; each becomes a folder with a checkpoint."""
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 from pathlib import Path
 
@@ -101,9 +103,10 @@ def _convert_gguf(path: Path, quiet: bool) -> Path:
     transformers.utils.logging.set_verbosity_error()
     where = {"gguf_file": path.name, "local_files_only": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **where
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own, over a second or two
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **where
+            )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ShortcutError(f"transformers cannot read {path}: {' '.join(str(error).split())[:200]}") from None

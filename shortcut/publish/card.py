@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from shortcut import __version__
-from shortcut.check.verify import CheckReport
+from shortcut.checking.verify import CheckReport
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import Plan
 from shortcut.surgery.cut import CutReport

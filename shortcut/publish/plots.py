@@ -10,7 +10,7 @@ import numpy as np
 
 from shortcut.errors import ShortcutError
 from shortcut.records.scores import Scores
-from shortcut.score.metrics import METRICS
+from shortcut.scoring.metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,10 +116,10 @@ def _draw_map(axes: "Axes", scores: Scores, name: str, dropped: set[int]) -> Non
     axes.scatter(best, range(1, depth + 1), dot, "white", edgecolors=INK, linewidths=0.5, label="lowest of its row")
     if firsts := [block for block in sorted(dropped) if block - 1 not in dropped]:
         lengths = [next(n for n in count(1) if first + n not in dropped) for first in firsts]
-        axes.scatter(firsts, lengths, 90, "none", marker="s", edgecolors=DROPPED, linewidths=2, label="dropped")
+        axes.scatter(firsts, lengths, 90, "none", marker="s", edgecolors=DROPPED, linewidths=2, label="dropped span")
     bar = axes.figure.colorbar(image, ax=axes, aspect=40, pad=0.02, ticks=[0, 0.05, 0.2, 0.4, 0.6, 0.8, 1])
     bar.ax.yaxis.set_major_formatter("{x:g}")
-    _style(bar.ax, "", "", "score, from lowest (0) to highest (1) of each row")
+    _style(bar.ax, "", "", "score within its row, lowest 0 to highest 1 (square-root scale)")
     _add_legend(axes)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from shortcut.errors import ShortcutError
 from shortcut.live import Model, decode, find_blocks, forwards_replaced, hidden_input, hidden_output, output_forms
 from shortcut.records.scores import Triangle
-from shortcut.score.calibration import Batch
-from shortcut.score.metrics import Metric, pairwise_cosines
+from shortcut.scoring.calibration import Batch
+from shortcut.scoring.metrics import Metric, pairwise_cosines
 
 TOKENS_AT_ONCE = 64  # for pairwise cosines: the stack of their states fits a processor's cache
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from shortcut.check.perplexity import perplexity
+from shortcut.checking.perplexity import perplexity
 from shortcut.errors import ShortcutError
 from shortcut.live import Model, load_model
-from shortcut.progress import say, track
+from shortcut.progress import track
 from shortcut.records.plan import Plan
-from shortcut.score.calibration import Batch, Calibration, make_batches
+from shortcut.scoring.calibration import Batch, Calibration, make_batches
 from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.cut import map_names
 from shortcut.surgery.preview import preview
@@ -72,7 +72,6 @@ def check_checkpoint(
     ShortcutError at the first thing that is not as it should be.
     """
     compared = None if base is None else compare_tensors(short, *base)
-    say(f"checking {short.name}", quiet=quiet)
     model = load_model(short.folder, **loading)
     batches = make_batches(heldout, batch_size, model.device)
     after = perplexity(model, track(batches, "perplexity, shortened", quiet=quiet))

@@ -8,7 +8,7 @@ from torch import nn
 
 from shortcut.errors import ShortcutError
 from shortcut.live import Model
-from shortcut.score.calibration import Batch
+from shortcut.scoring.calibration import Batch
 
 
 @torch.inference_mode()

@@ -1,0 +1,109 @@
+"""Tiny random models of several families, made once per run, and what compares them.
+
+Sizes are distinct primes where the family allows it, so that no transposed axis passes. Weights are large enough for
+every block to matter: a wrong block changes the logits by far more than rounding.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hub library is imported: no test may reach the network
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 263
+DEPTH = 7
+_COMMON = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA = {
+    **_COMMON,
+    "num_hidden_layers": DEPTH,
+    "hidden_size": 40,
+    "intermediate_size": 53,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "qwen3": {**_LLAMA, "head_dim": 14, "max_window_layers": 3, "use_sliding_window": True, "sliding_window": 5},
+    "mistral": {**_LLAMA, "sliding_window": 5},
+    "gemma3_text": {**_LLAMA, "head_dim": 14, "sliding_window": 5, "sliding_window_pattern": 3},
+    "gpt2": {**_COMMON, "n_layer": DEPTH, "n_embd": 44, "n_head": 4, "n_positions": 128},
+    "opt": {
+        **_COMMON,
+        "num_hidden_layers": DEPTH,
+        "hidden_size": 44,
+        "word_embed_proj_dim": 44,
+        "ffn_dim": 53,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
+    "phi": {**_LLAMA, "num_attention_heads": 2},  # rotates half of each head: its width has to be even
+    "gpt_neox": {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"},
+    # Products grouped by expert want rows of whole 16 bytes.
+    "mixtral": {**_LLAMA, "intermediate_size": 52, "num_local_experts": 3, "num_experts_per_tok": 2},
+}
+
+
+def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: any text, 256 tokens and four special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<pad>", "<s>", "</s>", "<unk>"]
+    vocabulary = {token: number for number, token in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def make_model(family: str, **changes: Any) -> Any:
+    """A random model of a family, in float32, whose every block turns its input by a good deal."""
+    torch.manual_seed(11)
+    config = transformers.AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.5))
+    return model
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Gives the folder of a tiny checkpoint with tokenizer: by family, in one file or forced into many shards."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def give(family: str, *, sharded: bool = False, bos: bool = False, **changes: Any) -> Path:
+        key = (family, sharded, bos, *sorted(changes.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family) / "base"
+            make_model(family, **changes).save_pretrained(folder, max_shard_size="20KB" if sharded else "5GB")
+            make_tokenizer(bos=bos).save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return give
+
+
+@pytest.fixture
+def llama(checkpoint_of: Callable[..., Path]) -> Path:
+    """The tiny Llama that most tests cut: seven blocks, one file."""
+    return checkpoint_of("llama")
+
+
+@pytest.fixture
+def token_ids() -> torch.Tensor:
+    """Random token ids, (2, 23), without special tokens."""
+    return torch.randint(4, VOCABULARY - 3, (2, 23), generator=torch.Generator().manual_seed(5))

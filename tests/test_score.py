@@ -1,0 +1,153 @@
+"""Scores equal plain loops over hooked models, whatever the batching, the padding and the family."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import shortcut
+from shortcut.errors import ShortcutError
+from shortcut.live import load_model
+from shortcut.scoring.calibration import Batch, Calibration, Source, make_batches
+from shortcut.scoring.metrics import METRICS, block_influence, cosine, pairwise_cosines
+from shortcut.scoring.walk import score_blocks, walk
+from tests.conftest import DEPTH, FAMILIES, VOCABULARY
+from tests.reference import angle, mean_over_tokens, states_around_blocks
+from tests.reference import cosine as plain_cosine
+
+ALL = list(METRICS.values())
+PER_TOKEN = {
+    "block-influence": lambda x, y: 1 - plain_cosine(x, y),
+    "relative-magnitude": lambda x, y: ((y - x).norm() / y.norm()).item(),
+    "l2": lambda x, y: (y - x).norm().item(),
+    "variance": lambda x, y: abs(y.var().item() - x.var().item()),
+}
+
+
+def sequences_of(*lengths: int) -> Calibration:
+    """Random sequences of these lengths."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [tuple(torch.randint(4, VOCABULARY - 3, (n,), generator=generator).tolist()) for n in lengths]
+    return Calibration(Source(), max(lengths), 0, False, False, tuple(rows))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_metric_equals_a_plain_loop(family: str, checkpoint_of: Callable[..., Path]) -> None:
+    """All metrics, all blocks and all spans: the last block too, whose output is taken before the final norm."""
+    model = load_model(checkpoint_of(family))
+    calibration = sequences_of(13, 7, 11)
+    scores = score_blocks(model, make_batches(calibration, 2), ALL)
+    states = [[state[0] for state in states_around_blocks(model, torch.tensor([row]))] for row in calibration.sequences]
+    for name, rule in PER_TOKEN.items():
+        expected = [mean_over_tokens(states, block, rule) for block in range(DEPTH)]
+        torch.testing.assert_close(scores[name], tuple(expected), rtol=1e-5, atol=1e-5)
+    for name, tokens in (("angular", slice(-1, None)), ("angular-all", slice(None))):
+        for length in range(1, DEPTH + 1):
+            for start in range(DEPTH - length + 1):
+                angles = [
+                    angle(x, y)
+                    for row in states
+                    for x, y in zip(row[start][tokens].double(), row[start + length][tokens].double(), strict=True)
+                ]
+                assert scores[name][length - 1][start] == pytest.approx(sum(angles) / len(angles), abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_batching_and_padding_change_nothing(batch_size: int, checkpoint_of: Callable[..., Path]) -> None:
+    """Batches of 1, 2 and 4, which pad sequences of different lengths, give the same scores."""
+    model = load_model(checkpoint_of("qwen3"))
+    calibration = sequences_of(13, 5, 11, 8)
+    alone = score_blocks(model, make_batches(calibration, 1), ALL)
+    batched = score_blocks(model, make_batches(calibration, batch_size), ALL)
+    for name in METRICS:
+        torch.testing.assert_close(batched[name], alone[name], rtol=1e-5, atol=1e-5)
+
+
+def test_what_stands_on_the_padding_is_ignored(llama: Path) -> None:
+    """Other token ids under the mask give the same scores: padding is no text."""
+    model = load_model(llama)
+    (batch,) = make_batches(sequences_of(13, 5), 2)
+    other = Batch(torch.where(batch.mask, batch.ids, 77), batch.mask)
+    assert not torch.equal(other.ids, batch.ids)
+    assert score_blocks(model, [batch], ALL) == score_blocks(model, [other], ALL)
+
+
+def test_scoring_again_gives_the_same(llama: Path) -> None:
+    """Nothing accumulates from one call to the next, and the model is left as it was."""
+    model = load_model(llama)
+    batches = make_batches(sequences_of(9, 9), 2)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    assert score_blocks(model, batches, ALL) == score_blocks(model, batches, ALL)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_the_walk_costs_one_pass(llama: Path) -> None:
+    """Every block runs exactly once per batch, but for the single token that shows what blocks return."""
+    model = load_model(llama)
+    calls: list[int] = []
+    for number, block in enumerate(model.model.layers):
+        block.mlp.register_forward_hook(lambda _, args, __, number=number: calls.append((number, args[0].shape[1])))
+    with torch.inference_mode():
+        list(walk(model, make_batches(sequences_of(9, 9), 2)[0]))
+    assert [number for number, tokens in calls if tokens == 9] == list(range(DEPTH))
+    assert [tokens for _, tokens in calls if tokens != 9] == [1] * DEPTH
+
+
+def test_cosines_are_defined_everywhere() -> None:
+    """Equal, opposite, huge and zero vectors: never NaN, never beyond 1, two zero vectors unchanged."""
+    x = torch.tensor([[3.0, 4.0], [1e18, 1e18], [0.0, 0.0], [0.0, 0.0], [1e-20, 0.0]])
+    y = torch.tensor([[-3.0, -4.0], [2e18, 2e18], [0.0, 0.0], [1.0, 0.0], [1e-20, 0.0]])
+    expected = torch.tensor([-1.0, 1.0, 1.0, 0.0, 1.0])
+    torch.testing.assert_close(cosine(x, y), expected)
+    torch.testing.assert_close(pairwise_cosines(torch.stack([x[:4], y[:4]], 1))[:, 0, 1], expected[:4])
+    near = torch.randn(1000, 64)
+    assert METRICS["angular"].measure(pairwise_cosines(torch.stack([near, near], 1))).isfinite().all()
+    assert block_influence(near, near * 7).abs().max() < 1e-6
+
+
+def test_low_precision_does_not_change_the_arithmetic(llama: Path) -> None:
+    """Scores of a bfloat16 model are float32 arithmetic on its states: token norms of 100,000 do not overflow."""
+    model = load_model(llama, dtype="bfloat16")
+    (batch,) = make_batches(sequences_of(9, 9), 2)
+    with torch.inference_mode():
+        steps = [(step.before.float(), step.after.float()) for step in walk(model, batch)]
+    expected = tuple((1 - torch.cosine_similarity(x, y, -1)).double().mean().item() for x, y in steps)
+    assert steps[0][0].dtype == torch.float32
+    torch.testing.assert_close(score_blocks(model, [batch], [METRICS["block-influence"]])["block-influence"], expected)
+    huge = torch.full((2, 64), 20_000.0, dtype=torch.float16)
+    assert block_influence(huge.float(), huge.float()).abs().max() < 1e-6
+
+
+def test_activations_that_overflow_fail_the_run(llama: Path) -> None:
+    """NaN or infinity anywhere in the stream stops the scoring: nothing is averaged over what is left."""
+    model = load_model(llama)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] = float("inf")
+    with pytest.raises(ShortcutError, match=r"block 2 gives NaN or infinity in torch\.float32"):
+        score_blocks(model, make_batches(sequences_of(9), 1), ALL)
+
+
+def test_score_command_writes_what_it_returns(llama: Path, tmp_path: Path) -> None:
+    """scores.json holds the scores of every metric, the calibration record and the sizes that a plan needs."""
+    scores = shortcut.score(
+        llama, metric="angular,l2", samples=3, length=32, out=tmp_path / "s.json", plot=tmp_path / "s.png", quiet=True
+    )
+    data = json.loads((tmp_path / "s.json").read_text())
+    assert data["metrics"]["l2"] == list(scores.metrics["l2"])
+    assert [len(row) for row in data["metrics"]["angular"]] == list(range(DEPTH, 0, -1))
+    assert data["calibration"] | {"hash": ""} == {
+        "data": "default",
+        "split": "train",
+        "column": None,
+        "samples": 3,
+        "length": 32,
+        "tokens": 96,
+        "seed": 0,
+        "by_document": False,
+        "starts_with_bos": False,
+        "hash": "",
+    }
+    assert data["parameters"] == sum(parameter.numel() for parameter in load_model(llama).parameters())
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
