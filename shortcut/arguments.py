@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 class UsageError(Exception):
@@ -64,10 +64,9 @@ class Option:
 
 def options_of(function: Callable[..., Any]) -> dict[str, Option]:
     """The options of a command by name, in the order of its signature."""
-    hints = get_type_hints(function)
     options = {}
     for name, parameter in signature(function).parameters.items():
-        hint = hints[name]
+        hint = parameter.annotation
         union = get_origin(hint) in (Union, types.UnionType)
         kinds = tuple(kind for kind in (get_args(hint) if union else (hint,)) if kind is not types.NoneType)
         positional = parameter.kind is Parameter.POSITIONAL_OR_KEYWORD

@@ -104,6 +104,7 @@ def plan(
     protect: str = "none",
     revision: str | None = None,
     out: Path | None = None,
+    quiet: bool = False,
 ) -> Plan:
     """Choose the blocks that go, and print the plan as YAML.
 
@@ -115,7 +116,7 @@ def plan(
         base, parameters, block_parameters = scores.base, scores.parameters, scores.block_parameters
         metric = metric or next(iter(scores.metrics))
     else:
-        checkpoint = open_model(scores, revision)
+        checkpoint = open_model(scores, revision, quiet=quiet)
         base, parameters, block_parameters = checkpoint.base, checkpoint.parameters, checkpoint.block_parameters
     if sum(given is not None for given in (count, ratio, drop)) != 1:
         raise ShortcutError("say what goes with one of --count, --ratio and --drop")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 HELDOUT_LENGTH = 512  # tokens of a sequence at most, when the result is checked
 DEMO_SHARE = 0.2  # of the blocks
+SPEED_RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,8 @@ class DemoReport:
                 format_table(["", "base", "shortened"], rows),
                 "",
                 f"perplexity on {check.text}",
-                f"speed can at best gain a factor of {depth / kept:.2f}, the ratio of blocks",
-                f"logits differ by at most {check.logit_difference:.3g} from the base with these blocks bypassed",
+                f"speed can gain at most the ratio of blocks, {depth / kept:.2f}; {SPEED_RUNS} runs of each model in turn",
+                f"logits: those of the base with these blocks bypassed, largest difference {check.logit_difference:.3g}",
                 "",
                 f"base       {cut.plan.base.model}",
                 f"shortened  {Path(cut.out).resolve()}  (plan.yaml, scores.json, scores.png and a model card inside)",
@@ -204,5 +205,5 @@ def demo(out: str = "smollm2-short", *, overwrite: bool = False, quiet: bool = F
     count = round(base.base.blocks * DEMO_SHARE)
     pruned = prune(base.name, out, count=count, metric="block-influence,angular", overwrite=overwrite, quiet=quiet)
     say("measuring speed", quiet=quiet)
-    before, after = measure_speed([load_model(base.folder), load_model(Path(out))])
+    before, after = measure_speed([load_model(base.folder), load_model(Path(out))], runs=SPEED_RUNS)
     return DemoReport(pruned, before, after)

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import struct
 from pathlib import Path
 
 from shortcut.errors import ShortcutError
@@ -108,7 +109,7 @@ def _convert_gguf(path: Path, quiet: bool) -> Path:
                 path.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **where
             )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
         raise ShortcutError(f"transformers cannot read {path}: {' '.join(str(error).split())[:200]}") from None
     with staged(folder) as partial:
         model.to(torch.bfloat16).save_pretrained(partial)

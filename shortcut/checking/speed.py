@@ -21,7 +21,7 @@ class Speed:
 
 @torch.inference_mode()
 def measure_speed(
-    models: Sequence[Model], *, prompt: int = 256, new_tokens: int = 24, runs: int = 3, seed: int = 0
+    models: Sequence[Model], *, prompt: int = 256, new_tokens: int = 24, runs: int = 5, seed: int = 0
 ) -> list[Speed]:
     """Time the models interleaved, run by run, after one run each that does not count, on random tokens, batch 1."""
     vocabulary = min(model.config.get_text_config(decoder=True).vocab_size for model in models)

