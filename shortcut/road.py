@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from shortcut.checking.verify import CheckReport
 
 
-HELDOUT_LENGTH = 512  # tokens of a sequence at most, when the result is checked
+HELDOUT_SAMPLES, HELDOUT_LENGTH = 16, 512  # sequences, and their tokens at most, when the result is checked
 DEMO_SHARE = 0.2  # of the blocks
 SPEED_RUNS = 5
 
@@ -79,33 +79,40 @@ def prune(
 
     Say how many blocks go with --count or --ratio, or which with --drop. OUT is there only if the check passed.
     """
+    from shortcut.checking.verify import check_checkpoint
+    from shortcut.live import load_tokenizer
+    from shortcut.scoring.calibration import Source, make_calibration
+
     base, target = open_model(model, revision, quiet=quiet), Path(out)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     amount: dict[str, Any] = {"count": count, "ratio": ratio, "drop": drop}
     rule: dict[str, Any] = {"select": select, "protect": protect, "metric": metric.split(",")[0]}
-    text: dict[str, Any] = {"split": split, "column": column, "samples": samples, "length": length}
+    text: dict[str, Any] = {"split": split, "column": column, "length": length, "seed": seed}
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    common: dict[str, Any] = {"by_document": by_document, "batch_size": batch_size, "quiet": quiet, **loading}
+    loading |= {"batch_size": batch_size, "quiet": quiet}
 
     # What is wrong with the request is said before the long work, not after it.
     check_target(target, overwrite=overwrite, base=base.folder)
-    blank = Scores(
-        base.base, base.parameters, base.block_parameters, {rule["metric"]: (0.0,) * base.base.blocks}, {}, {}
-    )
+    zeros = {rule["metric"]: (0.0,) * base.base.blocks}
+    blank = Scores(base.base, base.parameters, base.block_parameters, zeros, {}, {})
     report_cut(base, commands.plan(blank, **amount, **rule), target, limit, written=False)
+    tokenizer = load_tokenizer(base.folder, trust_remote_code=trust_remote_code)
+    unseen = make_calibration(
+        tokenizer, Source(heldout, split, column), samples=HELDOUT_SAMPLES, length=min(length, HELDOUT_LENGTH)
+    )
 
     scores = None
     if drop is None and select != "deepest":
-        scores = commands.score(model, metric=metric, data=data, revision=revision, seed=seed, **text, **common)
+        text |= {"data": data, "samples": samples, "by_document": by_document, "revision": revision}
+        scores = commands.score(model, metric=metric, **text, **loading)
     plan = commands.plan(scores or blank, **amount, **rule)
     cut = report_cut(base, plan, target, limit, written=True)
     with staged(target, overwrite=overwrite, base=base.folder) as folder:
         with byte_bar(cut.bytes_after, "writing", quiet=quiet) as advance:
-            write_checkpoint(base, plan, folder, max_shard_size=limit, advance=advance)
-        checked = commands.check(
-            folder, base=str(base.folder), data=heldout, length=min(length, HELDOUT_LENGTH), **common
-        )
-        report = PruneReport(scores, cut, replace(checked, checkpoint=str(out), base=base.name))
+            short = write_checkpoint(base, plan, folder, max_shard_size=limit, advance=advance)
+        say("checking: keys, tensors, logits, perplexity before and after", quiet=quiet)
+        checked = check_checkpoint(replace(short, name=str(out)), (base, plan), unseen, **loading)
+        report = PruneReport(scores, cut, checked)
         _describe(folder, report)
     return report
 
@@ -184,8 +191,8 @@ class DemoReport:
                 format_table(["", "base", "shortened"], rows),
                 "",
                 f"perplexity on {check.text}",
-                f"speed can gain at most the ratio of blocks, {depth / kept:.2f}; {SPEED_RUNS} runs of each model in turn",
-                f"logits: those of the base with these blocks bypassed, largest difference {check.logit_difference:.3g}",
+                f"speed can gain at most the ratio of blocks, {depth / kept:.2f} ({SPEED_RUNS} runs of each in turn)",
+                f"logits differ from the base's with these blocks bypassed by {check.logit_difference:.3g}",
                 "",
                 f"base       {cut.plan.base.model}",
                 f"shortened  {Path(cut.out).resolve()}  (plan.yaml, scores.json, scores.png and a model card inside)",

@@ -52,7 +52,7 @@ class CheckReport:
             [
                 *lines,
                 f"tensors: all {format_size(self.bytes_compared or 0)} equal to the base's",
-                f"logits: those of the base with its dropped blocks bypassed, largest difference {self.logit_difference:.3g}",
+                f"logits differ from the base's with its dropped blocks bypassed by {self.logit_difference:.3g}",
                 f"perplexity: {self.perplexity_base:.2f} base, {self.perplexity:.2f} shortened ({self.text})",
             ]
         )
