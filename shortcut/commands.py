@@ -15,7 +15,7 @@ from shortcut.records.plan import Plan, format_plan, read_plan
 from shortcut.records.scores import Scores, format_scores, read_scores
 from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import read_checkpoint, read_json
-from shortcut.surgery.cut import CutReport, report_cut, write_checkpoint
+from shortcut.surgery.cut import CutReport, check_arithmetic, report_cut, write_checkpoint
 from shortcut.surgery.inspection import Inspection, inspect_checkpoint
 from shortcut.surgery.stage import RECORD, check_target, staged, write_text
 from shortcut.text import parse_size
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 def inspect(model: str | Path, *, revision: str | None = None, quiet: bool = False) -> Inspection:
     """Show the blocks of a model, their parameters and bytes, and what can be done to it.
 
-    Reads headers and config only; a model on the Hub is fetched first.
+    Reads headers and config only; of a model on the Hub nothing else is fetched.
     """
-    return inspect_checkpoint(open_model(model, revision, quiet=quiet))
+    return inspect_checkpoint(open_model(model, revision, weights=False, quiet=quiet))
 
 
 def score(
@@ -116,7 +116,7 @@ def plan(
         base, parameters, block_parameters = scores.base, scores.parameters, scores.block_parameters
         metric = metric or next(iter(scores.metrics))
     else:
-        checkpoint = open_model(scores, revision, quiet=quiet)
+        checkpoint = open_model(scores, revision, weights=False, quiet=quiet)
         base, parameters, block_parameters = checkpoint.base, checkpoint.parameters, checkpoint.block_parameters
     if sum(given is not None for given in (count, ratio, drop)) != 1:
         raise ShortcutError("say what goes with one of --count, --ratio and --drop")
@@ -148,16 +148,19 @@ def cut(
     dry_run: bool = False,
     overwrite: bool = False,
     max_shard_size: str | None = None,
+    no_guard: bool = False,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> CutReport:
     """Write the shortened checkpoint: byte for byte the base's tensors, without those of the dropped blocks.
 
-    Works on the files alone: any size, any number type, a few megabytes of memory. OUT is there whole or not at all.
+    Works on the files alone: any size, any number type, a few megabytes of memory. Of a model on the Hub, only what
+    stays is fetched. OUT is there whole or not at all.
     """
     if (plan is None) == (drop is None):
         raise ShortcutError("say what goes with one of --plan and --drop")
-    checkpoint = open_model(model, revision, quiet=quiet)
+    checkpoint = open_model(model, revision, weights=False, quiet=quiet)
     if drop is not None:
         plan = Plan.dropping(checkpoint.base, parse_blocks(drop, checkpoint.base.blocks))
     elif not isinstance(plan, Plan):
@@ -165,6 +168,7 @@ def cut(
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     check_target(Path(out), overwrite=overwrite, base=checkpoint.folder)
     report = report_cut(checkpoint, plan, Path(out), limit, written=not dry_run)
+    check_arithmetic(checkpoint, plan, no_guard=no_guard, trust_remote_code=trust_remote_code)
     if not dry_run:
         with (
             staged(Path(out), overwrite=overwrite, base=checkpoint.folder) as folder,

@@ -1,6 +1,6 @@
 """A live model: loading it so that nothing is silently random, finding its blocks, standing in for their forward."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,10 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", trust
     where = pick_device(device)
     options = {"dtype": pick_dtype(dtype, where), "device_map": {"": where}, "trust_remote_code": trust_remote_code}
     try:
-        model, info = _auto_class(folder, trust_remote_code).from_pretrained(
+        family = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        ).model_type
+        model, info = _auto_class(family).from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -63,14 +66,34 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", trust
     return model.eval()
 
 
-def _auto_class(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+def build_empty(config: Mapping[str, Any], code: Path | None = None) -> Model:
+    """Build the model of a config on the meta device: every module, no memory for weights.
+
+    code: the folder with the modeling code that the config's auto_map names; it is run. Raises ShortcutError where
+    transformers cannot build it.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        if code is None:
+            resolved = transformers.AutoConfig.for_model(**config)
+        else:
+            resolved = transformers.AutoConfig.from_pretrained(code, trust_remote_code=True)
+            resolved = type(resolved).from_dict(dict(config))
+        with torch.device("meta"):
+            return _auto_class(resolved.model_type).from_config(resolved, trust_remote_code=code is not None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise ShortcutError(f"transformers cannot build this config: {' '.join(str(error).split())[:300]}") from None
+
+
+def _auto_class(family: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    family = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code).model_type
     seeing = family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
 

@@ -30,6 +30,7 @@ OPTION_HELP = {
     "plan": "a plan.yaml of `shortcut plan`",
     "dry_run": "say what would be written, and write nothing",
     "overwrite": "replace what an earlier run wrote to OUT",
+    "no_guard": "skip building both models without weights, which imports torch; for families proven before",
     "max_shard_size": "split the weights into files of at most this size, such as 5GB; otherwise as the base is split",
     "base": "the model that was cut; found by itself in what shortcut wrote",
     "quiet": "no progress and no messages",

@@ -16,7 +16,7 @@ from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import format_plan
 from shortcut.records.scores import Scores, format_scores
 from shortcut.sources import embedded_model, open_model
-from shortcut.surgery.cut import CutReport, report_cut, write_checkpoint
+from shortcut.surgery.cut import CutReport, check_arithmetic, report_cut, write_checkpoint
 from shortcut.surgery.stage import check_target, staged, write_text
 from shortcut.text import format_count, format_size, format_table, parse_size
 
@@ -107,6 +107,7 @@ def prune(
         scores = commands.score(model, metric=metric, **text, **loading)
     plan = commands.plan(scores or blank, **amount, **rule)
     cut = report_cut(base, plan, target, limit, written=True)
+    check_arithmetic(base, plan, no_guard=False, trust_remote_code=trust_remote_code)
     with staged(target, overwrite=overwrite, base=base.folder) as folder:
         with byte_bar(cut.bytes_after, "writing", quiet=quiet) as advance:
             short = write_checkpoint(base, plan, folder, max_shard_size=limit, advance=advance)

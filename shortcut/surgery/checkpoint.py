@@ -1,7 +1,7 @@
 """A checkpoint on disk, read without loading it: config.json, the headers of its weight files, its anatomy."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 from shortcut.anatomy import Anatomy, find_anatomy
 from shortcut.errors import ShortcutError
 from shortcut.records.plan import Base
+from shortcut.surgery.remote import Mirror
 from shortcut.surgery.tensors import Tensor, TensorFile, read_header
 
 SINGLE = "model.safetensors"
@@ -25,6 +26,7 @@ class Checkpoint:
     revision: str | None
     config: Mapping[str, Any]
     files: tuple[TensorFile, ...]
+    mirrors: tuple[Mirror, ...] = ()  # of weight files that are on the Hub, and here only in part
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -71,34 +73,45 @@ def read_checkpoint(folder: Path, name: str | None = None, revision: str | None 
     Raises ShortcutError where the folder holds no safetensors checkpoint, or a damaged one.
     """
     config = read_json(folder / "config.json")
-    if (folder / SINGLE).exists():
-        files: tuple[TensorFile, ...] = (read_header(folder / SINGLE),)
-    elif (folder / INDEX).exists():
-        files = _read_shards(folder)
-    else:
-        found = sorted(
-            path.name for path in folder.iterdir() if path.suffix in {".safetensors", ".bin", ".gguf", ".pth"}
-        )
-        raise ShortcutError(f"no {SINGLE} or {INDEX} in {folder}; its weight files are: {', '.join(found) or 'none'}")
+    files = tuple(read_header(folder / file) for file in weight_files(folder, {path.name for path in folder.iterdir()}))
+    check_index(folder, files)
     return Checkpoint(folder, name or str(folder), revision, config, files)
 
 
-def _read_shards(folder: Path) -> tuple[TensorFile, ...]:
-    index = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-        raise ShortcutError(f"{folder / INDEX} is damaged: it has no weight_map of tensor names to file names")
-    names = sorted(set(index.values()))
+def weight_files(folder: Path, present: Collection[str]) -> list[str]:
+    """Names of the weight files of a checkpoint: the single one, which wins as in transformers, or those of the index.
+
+    present: names of all files that belong to it. Raises ShortcutError where it has no weights in safetensors.
+    """
+    if SINGLE in present:
+        return [SINGLE]
+    if INDEX not in present:
+        weights = (".safetensors", ".bin", ".gguf", ".pth")
+        found = ", ".join(sorted(name for name in present if name.endswith(weights))) or "none"
+        raise ShortcutError(f"no {SINGLE} or {INDEX} in {folder}; its weight files are: {found}")
+    names = sorted(set(_weight_map(folder).values()))
     if astray := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
         raise ShortcutError(f"{folder / INDEX} names {astray[0]!r}, which is no safetensors file of its own folder")
-    files = tuple(read_header(folder / name) for name in names)
+    return names
+
+
+def check_index(folder: Path, files: Sequence[TensorFile]) -> None:
+    """Compare the index of a sharded checkpoint with the headers of its shards; ShortcutError where they disagree."""
     found = {tensor.name: file.path.name for file in files for tensor in file.tensors}
     if sum(len(file.tensors) for file in files) != len(found):
         raise ShortcutError(f"the shards in {folder} hold a tensor twice")
+    if [file.path.name for file in files] == [SINGLE]:
+        return
+    index = _weight_map(folder)
     if wrong := sorted(name for name in index.keys() | found.keys() if index.get(name) != found.get(name)):
-        raise ShortcutError(
-            f"{folder / INDEX} and the shards disagree about {wrong[0]!r} ({len(wrong)} tensors in all)"
-        )
-    return files
+        raise ShortcutError(f"{folder / INDEX} and the shards disagree about {wrong[0]!r} and {len(wrong) - 1} more")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise ShortcutError(f"{folder / INDEX} is damaged: it has no weight_map of tensor names to file names")
+    return index
 
 
 def read_json(path: Path) -> dict[str, Any]:

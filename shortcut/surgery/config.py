@@ -93,6 +93,11 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether every block of this model is built alike, by a family whose config speaks of no single block."""
+    return config.get("model_type") in PLAIN and "auto_map" not in config
+
+
 def cut_config(config: Mapping[str, Any], anatomy: Anatomy, kept: Sequence[int]) -> dict[str, Any]:
     """The content of config.json after all blocks but `kept` are gone.
 
@@ -138,7 +143,7 @@ def _derives_lists(config: Mapping[str, Any], anatomy: Anatomy) -> bool:
     _, text = text_config(config)
     written = str(config.get("transformers_version", "")).split(".")[0]
     complete = not anatomy.config_path and written.isdigit() and int(written) >= 5
-    return text.get("model_type") not in PLAIN and not complete
+    return not is_plain(text) and not complete
 
 
 def _write_lists(text: dict[str, Any], resolved: Mapping[str, Any], depth: int) -> None:

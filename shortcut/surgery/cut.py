@@ -17,7 +17,8 @@ from shortcut.errors import ShortcutError
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import FORMAT, Plan
 from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint
-from shortcut.surgery.config import cut_config
+from shortcut.surgery.config import cut_config, is_plain
+from shortcut.surgery.remote import bytes_to_fetch, fetch_tensors
 from shortcut.surgery.stage import RECORD
 from shortcut.surgery.tensors import Tensor, write_file
 from shortcut.text import format_count, format_size
@@ -55,6 +56,7 @@ class CutReport:
     parameters_after: int
     bytes_before: int
     bytes_after: int
+    bytes_to_fetch: int
     written: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,6 +74,7 @@ class CutReport:
                 f"parameters {format_count(self.parameters_before)} -> {format_count(self.parameters_after)}, "
                 f"bytes {format_size(self.bytes_before)} -> {format_size(self.bytes_after)}",
                 *(f"{format_size(size):>9}  {name}" for name, size in self.files),
+                *([f"from the Hub: {format_size(self.bytes_to_fetch)}"] if self.bytes_to_fetch else []),
             ]
         )
 
@@ -79,8 +82,7 @@ class CutReport:
 def report_cut(
     checkpoint: Checkpoint, plan: Plan, out: Path, max_shard_size: int | None, *, written: bool
 ) -> CutReport:
-    """Say what carrying out this plan writes; nothing is written here. Raises ShortcutError as `write_checkpoint`."""
-    cut_config(checkpoint.config, checkpoint.anatomy, plan.kept)
+    """Say what carrying out this plan writes, before or after. Raises ShortcutError for a plan of another depth."""
     files = plan_files(checkpoint, plan, max_shard_size)
     return CutReport(
         out=str(out),
@@ -90,8 +92,23 @@ def report_cut(
         parameters_after=sum(tensor.parameters for file in files for _, tensor in file.tensors),
         bytes_before=checkpoint.size,
         bytes_after=sum(file.size for file in files),
+        bytes_to_fetch=bytes_to_fetch(checkpoint.mirrors, (tensor for file in files for _, tensor in file.tensors)),
         written=written,
     )
+
+
+def check_arithmetic(checkpoint: Checkpoint, plan: Plan, *, no_guard: bool, trust_remote_code: bool) -> None:
+    """Make sure, before anything is written, that the shortened config builds the kept blocks as they were.
+
+    Families whose config says nothing of single blocks need no more than the rules; for others the static guard builds
+    both models without weights, which imports torch. Raises ShortcutError for a plan that cannot be exact.
+    """
+    config = cut_config(checkpoint.config, checkpoint.anatomy, plan.kept)
+    if is_plain(checkpoint.config) or no_guard or not plan.dropped:
+        return
+    from shortcut.surgery.guard import guard
+
+    guard(checkpoint, config, plan.kept, trust_remote_code=trust_remote_code)
 
 
 def map_names(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
@@ -157,6 +174,7 @@ def write_checkpoint(
     """
     config = cut_config(checkpoint.config, checkpoint.anatomy, plan.kept)
     files = plan_files(checkpoint, plan, max_shard_size)
+    fetch_tensors(checkpoint.mirrors, (tensor for file in files for _, tensor in file.tensors), advance)
     for file in files:
         write_file(folder / file.name, file.tensors, file.metadata, advance)
     if len(files) > 1:

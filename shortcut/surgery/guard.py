@@ -1,0 +1,66 @@
+"""The static guard: would the shortened config build the same blocks? Asked before anything is written.
+
+Base and result are built on the meta device from their configs, without weights. Every kept block must have the same
+parameters and buffers, of the same shapes, and the same plain attributes in all its modules, but for its number.
+Whatever depends on a block's position in a way that the rules of `config.py` do not make good shows up here, and is
+refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from shortcut.errors import ShortcutError
+from shortcut.live import Model, build_empty, find_blocks
+from shortcut.surgery.checkpoint import Checkpoint
+
+# Attributes that name the block or the depth and enter no arithmetic (big_bird seeds the random attention of training;
+# recurrent_gemma notes its running state).
+HARMLESS = {"layer_idx", "layer_id", "layer_number", "idx", "seed", "num_hidden_layers", "store_full_length_kv"}
+
+
+def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int], *, trust_remote_code: bool) -> None:
+    """Compare the kept blocks of the base with the blocks that the shortened config would build.
+
+    Raises ShortcutError naming the first block, module and attribute that would not be what it was.
+    """
+    code = checkpoint.folder if "auto_map" in checkpoint.config else None
+    if code is not None and not trust_remote_code:
+        raise ShortcutError(f"{checkpoint.name} comes with code of its own: --trust-remote-code lets the guard run it")
+    base, short = (build_empty(content, code) for content in (checkpoint.config, config))
+    base_blocks, short_blocks = ([_describe(block) for block in find_blocks(model)] for model in (base, short))
+    if len(short_blocks) != len(kept):
+        raise ShortcutError(f"the shortened config builds {len(short_blocks)} blocks instead of {len(kept)}")
+    family = checkpoint.config.get("model_type")
+    for new, old in enumerate(kept):
+        if difference := _first_difference(base_blocks[old], short_blocks[new]):
+            change = f"block {old} would become block {new} with {difference}"
+            raise ShortcutError(f"cannot delete these blocks of {family} exactly: {change}")
+    if difference := _first_difference(_shapes_outside(base), _shapes_outside(short)):
+        raise ShortcutError(f"cannot delete these blocks of {family} exactly: outside the blocks it has {difference}")
+
+
+def _describe(block: nn.Module) -> dict[str, Any]:
+    """Shapes of a block's tensors, and classes and plain attributes of its modules, by name inside the block."""
+    described: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
+    for name, module in block.named_modules():
+        described[f"class of {name or 'block'}"] = type(module).__name__
+        for attribute, value in vars(module).items():
+            if isinstance(value, int | float | bool | str | None) and attribute not in HARMLESS:
+                described[f"{name}.{attribute}".lstrip(".")] = value
+    return described
+
+
+def _shapes_outside(model: Model) -> dict[str, Any]:
+    inside = {id(tensor) for block in find_blocks(model) for tensor in block.state_dict(keep_vars=True).values()}
+    tensors = model.state_dict(keep_vars=True).items()
+    return {name: tuple(tensor.shape) for name, tensor in tensors if id(tensor) not in inside}
+
+
+def _first_difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    for what in sorted(before.keys() | after.keys()):
+        was, would_be = before.get(what, "absent"), after.get(what, "absent")
+        if was != would_be:
+            return f"{what} = {would_be} instead of {was}"
+    return None
