@@ -171,7 +171,7 @@ def cut(
     check_arithmetic(checkpoint, plan, no_guard=no_guard, trust_remote_code=trust_remote_code)
     if not dry_run:
         with (
-            staged(Path(out), overwrite=overwrite, base=checkpoint.folder) as folder,
+            staged(Path(out), overwrite=overwrite, base=checkpoint.folder, size=report.bytes_after) as folder,
             byte_bar(report.bytes_after, "writing", quiet=quiet) as advance,
         ):
             write_checkpoint(checkpoint, plan, folder, max_shard_size=limit, advance=advance)

@@ -108,7 +108,7 @@ def prune(
     plan = commands.plan(scores or blank, **amount, **rule)
     cut = report_cut(base, plan, target, limit, written=True)
     check_arithmetic(base, plan, no_guard=False, trust_remote_code=trust_remote_code)
-    with staged(target, overwrite=overwrite, base=base.folder) as folder:
+    with staged(target, overwrite=overwrite, base=base.folder, size=cut.bytes_after) as folder:
         with byte_bar(cut.bytes_after, "writing", quiet=quiet) as advance:
             short = write_checkpoint(base, plan, folder, max_shard_size=limit, advance=advance)
         say("checking: keys, tensors, logits, perplexity before and after", quiet=quiet)

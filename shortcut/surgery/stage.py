@@ -1,15 +1,18 @@
 """Writing a folder so that it is there whole or not at all."""
 
+import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shortcut.errors import ShortcutError
+from shortcut.text import format_size
 
 RECORD = "shortcut.json"  # the record that every folder written here carries
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
 
 
 def check_target(out: Path, *, overwrite: bool, base: Path | None = None) -> None:
@@ -27,19 +30,39 @@ def check_target(out: Path, *, overwrite: bool, base: Path | None = None) -> Non
             raise ShortcutError(f"{out} is not empty: name another folder, or --overwrite it")
         if any(out.iterdir()) and not (out / RECORD).exists():
             raise ShortcutError(f"{out} was not written by shortcut (no {RECORD} in it): name another folder")
-    elif out.exists():
-        raise ShortcutError(f"{out} is a file: name a folder")
+        return
+    if occupied := [path for path in (out, *out.parents) if os.path.lexists(path) and not path.is_dir()]:
+        raise ShortcutError(f"cannot write to {out}: {occupied[0]} is a file: name a folder")
 
 
 @contextmanager
-def staged(out: Path, *, overwrite: bool = False, base: Path | None = None) -> Iterator[Path]:
+def staged(out: Path, *, overwrite: bool = False, base: Path | None = None, size: int = 0) -> Iterator[Path]:
     """Give a folder beside `out` to write into, which becomes `out` when the block ends well, and goes when it fails.
 
-    A leftover of a killed process is removed; one that a living process writes to is an error. Raises ShortcutError as
-    `check_target` does.
+    size: bytes that will be written; there has to be room for them. A leftover of a killed process is removed; one that
+    a living process writes to is an error. Raises ShortcutError as `check_target` does, and where the disk fails.
     """
-    out = Path(os.path.abspath(out))
     check_target(out, overwrite=overwrite, base=base)
+    out = Path(os.path.realpath(out))
+    try:
+        with _partial(out) as partial:
+            free = shutil.disk_usage(partial).free
+            if free < size:
+                raise ShortcutError(
+                    f"no room for {out}: it needs {format_size(size)}, and {format_size(free)} are free"
+                )
+            yield partial
+            _make_durable(partial)
+            _put_in_place(partial, out)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise ShortcutError(f"cannot write {out}: {error.strerror}") from None
+
+
+@contextmanager
+def _partial(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, locked; removed where the block fails."""
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
@@ -48,11 +71,11 @@ def staged(out: Path, *, overwrite: bool = False, base: Path | None = None) -> I
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ShortcutError(f"another process is writing {out}: wait for it, or name another folder") from None
-        _empty(partial)
+        if not partial.exists() or not os.path.samestat(os.fstat(lock), os.stat(partial)):
+            raise ShortcutError(f"another process has just written {out}: look at it, or name another folder")
         try:
+            _empty(partial)
             yield partial
-            _make_durable(partial)
-            _put_in_place(partial, out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -102,4 +125,6 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
         raise ShortcutError(f"cannot write {path}: {error.strerror}") from None
