@@ -38,6 +38,7 @@ COMMANDS: dict[str, Command] = {
         commands.cut,
         road.prune,
         commands.check,
+        commands.diff,
         road.run,
         road.demo,
     )

@@ -15,6 +15,7 @@ from shortcut.records.plan import Plan, format_plan, read_plan
 from shortcut.records.scores import Scores, format_scores, read_scores
 from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import read_checkpoint, read_json
+from shortcut.surgery.compare import Difference, compare_checkpoints, compare_tensors
 from shortcut.surgery.cut import CutReport, check_arithmetic, report_cut, write_checkpoint
 from shortcut.surgery.inspection import Inspection, inspect_checkpoint
 from shortcut.surgery.stage import RECORD, check_target, staged, write_text
@@ -148,6 +149,7 @@ def cut(
     dry_run: bool = False,
     overwrite: bool = False,
     max_shard_size: str | None = None,
+    verify: bool = False,
     no_guard: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -174,7 +176,9 @@ def cut(
             staged(Path(out), overwrite=overwrite, base=checkpoint.folder, size=report.bytes_after) as folder,
             byte_bar(report.bytes_after, "writing", quiet=quiet) as advance,
         ):
-            write_checkpoint(checkpoint, plan, folder, max_shard_size=limit, advance=advance)
+            written = write_checkpoint(checkpoint, plan, folder, max_shard_size=limit, advance=advance)
+            if verify:
+                compare_tensors(written, checkpoint, plan)
     return report
 
 
@@ -230,6 +234,14 @@ def check(
         trust_remote_code=trust_remote_code,
         quiet=quiet,
     )
+
+
+def diff(one: str | Path, other: str | Path, *, revision: str | None = None, quiet: bool = False) -> Difference:
+    """Show what two checkpoints share: which block of the one every block of the other is, byte for byte.
+
+    --revision is that of the first.
+    """
+    return compare_checkpoints(open_model(one, revision, quiet=quiet), open_model(other, quiet=quiet))
 
 
 def read_record(folder: Path) -> Plan | None:

@@ -15,7 +15,7 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """A running server. served: (file, first byte, bytes sent) of every answer; fail_after: weight bytes until it fails."""
+    """A running server. served: (file, first byte, bytes sent) per answer; fail_after: weight bytes until it fails."""
 
     url: str = ""
     served: list[tuple[str, int, int]] = field(default_factory=list)

@@ -17,9 +17,8 @@ from shortcut.progress import track
 from shortcut.records.plan import Plan
 from shortcut.scoring.calibration import Batch, Calibration, make_batches
 from shortcut.surgery.checkpoint import Checkpoint
-from shortcut.surgery.cut import map_names
+from shortcut.surgery.compare import compare_tensors
 from shortcut.surgery.preview import preview
-from shortcut.surgery.tensors import same_bytes
 from shortcut.text import format_size
 
 TOLERANCE = 1e-4  # of the largest logit: far above what reordered sums do, far below what a wrong block does
@@ -94,24 +93,6 @@ def check_checkpoint(
         bytes_compared=compared,
         logit_difference=difference,
     )
-
-
-def compare_tensors(short: Checkpoint, base: Checkpoint, plan: Plan) -> int:
-    """Compare all tensors, byte for byte, with those of the base that the plan keeps; gives the bytes compared.
-
-    Raises ShortcutError naming the first tensor that is missing, left over or different.
-    """
-    names = map_names(base, plan)
-    expected = {new: base.tensors[old] for old, new in names.items()}
-    if astray := sorted(expected.keys() ^ short.tensors.keys()):
-        fault = "lacks" if astray[0] in expected else "should not have"
-        raise ShortcutError(f"{short.folder} {fault} the tensor {astray[0]} ({len(astray)} such tensors)")
-    for name, original in expected.items():
-        tensor = short.tensors[name]
-        alike = (tensor.dtype, tensor.shape) == (original.dtype, original.shape)
-        if not alike or not same_bytes(tensor, original):
-            raise ShortcutError(f"{short.folder}: the tensor {name} differs from the base's {original.name}")
-    return short.size
 
 
 @torch.inference_mode()

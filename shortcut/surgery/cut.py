@@ -16,7 +16,7 @@ from shortcut import __version__
 from shortcut.errors import ShortcutError
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import FORMAT, Plan
-from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint
+from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint, read_json
 from shortcut.surgery.config import cut_config, is_plain
 from shortcut.surgery.remote import bytes_to_fetch, fetch_tensors
 from shortcut.surgery.stage import RECORD
@@ -180,13 +180,20 @@ def write_checkpoint(
     if len(files) > 1:
         _write_json(folder / INDEX, _index(files))
     _copy_side_files(checkpoint.folder, folder)
-    _write_json(folder / RECORD, {"shortcut": FORMAT, "version": __version__, "plan": plan.to_dict()})
+    _write_json(folder / RECORD, _record(checkpoint, plan))
     _write_json(folder / "config.json", config)
     result = read_checkpoint(folder)
     planned = {name: (tensor.dtype, tensor.shape) for file in files for name, tensor in file.tensors}
     if {name: (tensor.dtype, tensor.shape) for name, tensor in result.tensors.items()} != planned:
         raise ShortcutError(f"{folder} does not hold what was written to it: check the disk")
     return result
+
+
+def _record(checkpoint: Checkpoint, plan: Plan) -> dict[str, object]:
+    """How this checkpoint came about: its plan, and before it the plans that made its base, oldest first."""
+    before = read_json(checkpoint.folder / RECORD) if (checkpoint.folder / RECORD).exists() else {}
+    lineage = [*before.get("lineage", []), before["plan"]] if "plan" in before else []
+    return {"shortcut": FORMAT, "version": __version__, "plan": plan.to_dict(), "lineage": lineage}
 
 
 def _index(files: tuple[OutputFile, ...]) -> dict[str, object]:

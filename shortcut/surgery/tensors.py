@@ -7,7 +7,7 @@ moves runs of adjacent tensors through one small buffer, whatever their type and
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -179,17 +179,14 @@ def _copy(
         advance(count)
 
 
+def read_chunks(tensor: Tensor) -> Iterator[bytes]:
+    """The bytes of a tensor, a few megabytes at a time."""
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start)
+        for left in range(tensor.size, 0, -BUFFER):
+            yield file.read(min(left, BUFFER))
+
+
 def same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same bytes, read a few megabytes at a time."""
-    if one.size != other.size:
-        return False
-    with one.file.open("rb") as a, other.file.open("rb") as b:
-        a.seek(one.start)
-        b.seek(other.start)
-        remaining = one.size
-        while remaining:
-            chunk = min(remaining, BUFFER)
-            if a.read(chunk) != b.read(chunk):
-                return False
-            remaining -= chunk
-    return True
+    """Whether two tensors hold the same bytes."""
+    return one.size == other.size and all(a == b for a, b in zip(read_chunks(one), read_chunks(other), strict=True))
