@@ -18,6 +18,10 @@ Part = Literal["attention", "mlp", "norms", "other"]
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "decoder_config")
 # Names of the layer count. The decoder's own comes first: an encoder-decoder's num_hidden_layers is its encoder's.
 DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers")
+# Lists whose length is the number of blocks, where no field names it.
+DEPTH_LISTS = ("layers_block_type", "hybrid_override_pattern")
+# Numbers of blocks behind the last one that predict further tokens, where they are stored in the same container.
+EXTRA_HEADS = ("num_nextn_predict_layers", "num_mtp_layers")
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "layers")
 
 _NOT_TEXT = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|qformer|projector|connector|mtp)")
@@ -57,8 +61,9 @@ def find_anatomy(names: Iterable[str], config: Mapping[str, Any]) -> Anatomy:
     fields = depth_fields(text)
     if not fields:
         raise ShortcutError(f"the config names no number of blocks: looked for {', '.join(DECODER_DEPTHS + DEPTHS)}")
-    depth = text[fields[0]]
-    fitting = [prefix for prefix, count in counts.items() if count == depth]
+    depth = text[fields[0]] if isinstance(text[fields[0]], int) else len(text[fields[0]])
+    extra = next((text[name] for name in EXTRA_HEADS if isinstance(text.get(name), int)), 0)
+    fitting = [prefix for prefix, count in counts.items() if count in (depth, depth + extra)]
     if len(fitting) > 1:  # an encoder as deep as the decoder
         fitting = [prefix for prefix in fitting if not _ENCODER.search(prefix)] or fitting
     if len(fitting) != 1:
@@ -93,7 +98,7 @@ def depth_fields(text: Mapping[str, Any]) -> tuple[str, ...]:
         present = [name for name in names if isinstance(text.get(name), int) and not isinstance(text[name], bool)]
         if present:
             return tuple(name for name in present if text[name] == text[present[0]])
-    return ()
+    return tuple(name for name in DEPTH_LISTS if isinstance(text.get(name), list | str))[:1]
 
 
 def part_of(rest: str) -> Part:

@@ -1,8 +1,11 @@
 """A live model: loading it so that nothing is silently random, finding its blocks, standing in for their forward."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,6 +15,8 @@ from shortcut.anatomy import find_anatomy
 from shortcut.errors import ShortcutError
 
 Model = Any  # a PreTrainedModel of transformers, which mypy does not follow
+# What loading code of transformers raises for a config or checkpoint that is not right.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ImportError)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -56,7 +61,7 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", trust
         model, info = _auto_class(family).from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except _LOADING_ERRORS as error:
         raise ShortcutError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if wrong := sorted(map(str, info.get(kind) or ())):
@@ -66,25 +71,40 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", trust
     return model.eval()
 
 
-def build_empty(config: Mapping[str, Any], code: Path | None = None) -> Model:
-    """Build the model of a config on the meta device: every module, no memory for weights.
+def load_config(content: Mapping[str, Any], code: Path | None = None) -> Any:
+    """Have transformers read the content of a config.json, just as it would read the file.
 
-    code: the folder with the modeling code that the config's auto_map names; it is run. Raises ShortcutError where
-    transformers cannot build it.
+    code: a folder with the Python files that its auto_map names, which are run. Raises ShortcutError where transformers
+    cannot read it.
     """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(content), encoding="utf-8")
+        for path in code.glob("*.py") if code else ():
+            shutil.copyfile(path, Path(folder) / path.name)
+        try:
+            return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=code is not None)
+        except _LOADING_ERRORS as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ShortcutError(f"transformers cannot read this config: {reason}") from None
+
+
+def build_empty(content: Mapping[str, Any], code: Path | None = None) -> Model:
+    """Build the model of a config.json on the meta device: every module, no memory for weights. As `load_config`."""
+    import transformers
+
+    config = load_config(content, code)
+    named = getattr(transformers, (config.architectures or ["none"])[0], None)
     try:
-        if code is None:
-            resolved = transformers.AutoConfig.for_model(**config)
-        else:
-            resolved = transformers.AutoConfig.from_pretrained(code, trust_remote_code=True)
-            resolved = type(resolved).from_dict(dict(config))
         with torch.device("meta"):
-            return _auto_class(resolved.model_type).from_config(resolved, trust_remote_code=code is not None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise ShortcutError(f"transformers cannot build this config: {' '.join(str(error).split())[:300]}") from None
+            if code is None and named is not None:
+                return named._from_config(config)
+            return _auto_class(config.model_type).from_config(config, trust_remote_code=code is not None)
+    except _LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ShortcutError(f"transformers cannot build this config: {reason}") from None
 
 
 def _auto_class(family: str) -> Any:

@@ -57,7 +57,8 @@ class Checkpoint:
         """The tensors of each block in order, each with its name inside the block."""
         blocks: list[list[tuple[str, Tensor]]] = [[] for _ in range(self.anatomy.depth)]
         for name, tensor in self.tensors.items():
-            if where := self.anatomy.split(name):
+            where = self.anatomy.split(name)
+            if where and where[0] < self.anatomy.depth:  # behind them, some families predict further tokens
                 blocks[where[0]].append((where[1], tensor))
         return tuple(map(tuple, blocks))
 

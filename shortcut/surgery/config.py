@@ -6,6 +6,7 @@ through their own config class first and get the explicit list.
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,51 +35,33 @@ REFUSED = {
 }
 
 # Numbers of the blocks at the front of the model that are special; order is kept, so recounting is exact.
-PREFIX_COUNTS = (
-    "first_k_dense_replace",
-    "num_dense_layers",
-    "max_window_layers",
-    "moe_layer_start_index",
-    "num_hash_layers",
-)
-# Sets of block numbers.
-INDEX_SETS = (
-    "moe_layers",
-    "full_attn_idxs",
-    "mlp_only_layers",
-    "cross_attention_layers",
-    "attn_layer_indices",
-    "local_layer_ids",
-    "rope_scaling_layers",
-)
+PREFIX_COUNTS = {
+    *("first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index", "num_hash_layers"),
+    "dense_mlp_idx",
+}
+# The number of the last block that is special, and the number of blocks at the end of the model that are.
+INCLUSIVE_ENDS = {"moe_layer_end_index"}
+SUFFIX_COUNTS = {"num_kv_shared_layers"}
+# Sets of block numbers, with the number of the first block; and maps from block number to something.
+INDEX_SETS = {
+    **dict.fromkeys(("moe_layers", "full_attn_idxs", "mlp_only_layers", "cross_attention_layers"), 0),
+    **dict.fromkeys(("attn_layer_indices", "local_layer_ids", "hybrid_layer_ids", "rope_scaling_layers"), 0),
+    "ple_layer_ids": 1,
+}
+KEYED = {"per_layer_config"}
+# A pattern that the blocks repeat, or that names each of them by a character.
+CYCLES = {"block_types", "hybrid_override_pattern"}
+# Blocks behind the last one that predict further tokens: they go when the stack before them changes.
+EXTRA_HEADS = {"num_nextn_predict_layers", "num_mtp_layers"}
+# Every period-th block, from an offset on, is special.
+PERIODS_WITH_OFFSET = {"attn_layer_period": "attn_layer_offset", "expert_layer_period": "expert_layer_offset"}
 # What a class makes a per-block list of when the JSON has none; once the list is written they would mislead.
 PERIODS = (
-    "sliding_window_pattern",
-    "_sliding_window_pattern",
-    "full_attention_interval",
-    "no_rope_layer_interval",
-    "interleave_moe_layer_step",
-    "global_attn_every_n_layers",
-    "layer_group_size",
-    "moe_layer_freq",
+    *("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval", "no_rope_layer_interval"),
+    *("interleave_moe_layer_step", "global_attn_every_n_layers", "layer_group_size", "moe_layer_freq"),
 )
-# Fields that nothing here can make exact for a shortened model when they have another value than the one named.
-UNSOLVED = {
-    "num_kv_shared_layers": 0,
-    "scale_attn_by_inverse_layer_idx": False,
-    "attn_layer_period": None,
-    "expert_layer_period": None,
-    "cross_layer_interval": None,
-    "scale_depth": None,
-    "decoder_sparse_step": 1,
-    "moe_layer_interval": 1,
-    "moe_layer_end_index": -1,
-    "hybrid_override_pattern": None,
-    "attention_types": None,
-    "per_layer_config": None,
-    "vocab_size_per_layer_input": None,
-    "num_nextn_predict_layers": 0,
-}
+# Fields that bring the block number into the arithmetic when they have another value than the one named.
+UNSOLVED = {"scale_attn_by_inverse_layer_idx": False, "cross_layer_interval": None}
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
@@ -113,21 +96,56 @@ def cut_config(config: Mapping[str, Any], anatomy: Anatomy, kept: Sequence[int])
         text = text[key]
     if _derives_lists(config, anatomy):
         _write_lists(text, resolve_config(config, anatomy), anatomy.depth)
+    _solve_periods(text, anatomy.depth, kept)
     for field, value in text.items():
         text[field] = _cut_field(field, value, anatomy, kept)
     return result
 
 
 def _cut_field(field: str, value: Any, anatomy: Anatomy, kept: Sequence[int]) -> Any:
-    if field in anatomy.depth_fields:
+    number = value if isinstance(value, int) and not isinstance(value, bool) else None
+    numbers = {old: new for new, old in enumerate(kept)}
+    if field in anatomy.depth_fields and number is not None:
         return len(kept)
-    if field in PREFIX_COUNTS and isinstance(value, int):
-        return sum(block < value for block in kept)
+    if field in PREFIX_COUNTS and number is not None:
+        return sum(block < number for block in kept)
+    if field in INCLUSIVE_ENDS and number is not None and number >= 0:
+        return sum(block <= number for block in kept) - 1
+    if field in SUFFIX_COUNTS and number:
+        return sum(block >= anatomy.depth - number for block in kept)
+    if field in EXTRA_HEADS and number:
+        return 0
     if field in INDEX_SETS and isinstance(value, list):
-        return [new for new, block in enumerate(kept) if block in value]
+        first = INDEX_SETS[field]
+        return [numbers[block - first] + first for block in value if block - first in numbers]
+    if field in KEYED and isinstance(value, dict):
+        return {str(numbers[int(key)]): entry for key, entry in value.items() if int(key) in numbers}
+    if field in CYCLES and value:
+        cycled = [value[block % len(value)] for block in kept]
+        return "".join(cycled) if isinstance(value, str) else cycled
+    if field == "scale_depth" and value:  # minicpm3 divides it by the square root of the depth
+        return value * math.sqrt(len(kept) / anatomy.depth)
     if is_per_block(field, value, anatomy.depth):
         return [value[block] for block in kept]
     return value
+
+
+def _solve_periods(text: dict[str, Any], depth: int, kept: Sequence[int]) -> None:
+    """Write periods that say of the kept blocks what the old ones said; where none does, the guard will refuse."""
+    step = text.get("decoder_sparse_step")
+    if step and step != 1:
+        dense = text.get("mlp_only_layers") or []
+        text["mlp_only_layers"] = [block for block in range(depth) if block in dense or (block + 1) % step]
+        text["decoder_sparse_step"] = 1
+    for period, offset in PERIODS_WITH_OFFSET.items():
+        if not text.get(period) or offset not in text:
+            continue
+        wanted = [block % text[period] == text[offset] for block in kept]
+        for length in range(1, len(kept) + 2):
+            fits = [o for o in range(length) if [new % length == o for new in range(len(kept))] == wanted]
+            if fits:
+                text[period], text[offset] = length, fits[0]
+                break
 
 
 def is_per_block(field: str, value: Any, depth: int) -> bool:
@@ -155,14 +173,10 @@ def _write_lists(text: dict[str, Any], resolved: Mapping[str, Any], depth: int) 
 
 
 def resolve_config(config: Mapping[str, Any], anatomy: Anatomy) -> dict[str, Any]:
-    """What the family's own config class makes of the text config. Imports transformers, but no model."""
-    from transformers import AutoConfig
+    """What the family's own config class makes of the text config. Imports transformers, but builds no model."""
+    from shortcut.live import load_config
 
-    try:
-        resolved = AutoConfig.for_model(**config)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShortcutError(f"transformers cannot read this config: {' '.join(str(error).split())[:200]}") from None
-    part: dict[str, Any] = resolved.to_dict()
+    part: dict[str, Any] = load_config(config).to_dict()
     for key in anatomy.config_path:
         part = part[key]
     return part

@@ -28,6 +28,7 @@ _LEFT_BEHIND = re.compile(
     r"""(?x) .*\.(safetensors|bin|pth?|gguf|msgpack|h5|onnx|onnx_data|ot|tflite|index\.json)
     | config\.json | README\.md | plan\.yaml | scores\.(json|png) | shortcut\.json | \..* """
 )
+_EXTRA_HEAD = re.compile(r"(^|\.)mtp[._]")  # multi-token prediction, where it has a container of its own
 _SKIPPED_FOLDERS = {"original", "onnx", "openvino", "optimizer", "runs", "metal", "coreml"}
 
 
@@ -112,18 +113,23 @@ def check_arithmetic(checkpoint: Checkpoint, plan: Plan, *, no_guard: bool, trus
 
 
 def map_names(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
-    """Old name -> new name of every tensor that stays, blocks renumbered in their order."""
+    """Old name -> new name of every tensor that stays, blocks renumbered in their order.
+
+    Heads behind the last block that predict further tokens do not fit another stack of blocks: they go.
+    """
     if checkpoint.anatomy.depth != plan.base.blocks:
         raise ShortcutError(
             f"the plan is for {plan.base.blocks} blocks and {checkpoint.name} has {checkpoint.anatomy.depth}"
         )
+    if not plan.dropped:
+        return {name: name for name in checkpoint.tensors}
     numbers = {old: new for new, old in enumerate(plan.kept)}
     names = {}
     for name in checkpoint.tensors:
         where = checkpoint.anatomy.split(name)
-        if where is None:
+        if where is None and not _EXTRA_HEAD.search(name):
             names[name] = name
-        elif where[0] in numbers:
+        elif where is not None and where[0] in numbers:
             names[name] = checkpoint.anatomy.join(numbers[where[0]], where[1])
     return names
 

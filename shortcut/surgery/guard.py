@@ -6,6 +6,7 @@ Whatever depends on a block's position in a way that the rules of `config.py` do
 refused.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,16 @@ from shortcut.surgery.checkpoint import Checkpoint
 
 # Attributes that name the block or the depth and enter no arithmetic (big_bird seeds the random attention of training;
 # recurrent_gemma notes its running state).
-HARMLESS = {"layer_idx", "layer_id", "layer_number", "idx", "seed", "num_hidden_layers", "store_full_length_kv"}
+HARMLESS = {
+    "layer_idx",
+    "layer_id",
+    "layer_number",
+    "layer_num",
+    "idx",
+    "seed",
+    "num_hidden_layers",
+    "store_full_length_kv",
+}
 
 
 def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int], *, trust_remote_code: bool) -> None:
@@ -58,9 +68,13 @@ def _shapes_outside(model: Model) -> dict[str, Any]:
     return {name: tuple(tensor.shape) for name, tensor in tensors if id(tensor) not in inside}
 
 
+def _is_rounding(was: Any, would_be: Any) -> bool:
+    return isinstance(was, float) and isinstance(would_be, float) and math.isclose(was, would_be, rel_tol=1e-12)
+
+
 def _first_difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:
     for what in sorted(before.keys() | after.keys()):
         was, would_be = before.get(what, "absent"), after.get(what, "absent")
-        if was != would_be:
+        if was != would_be and not _is_rounding(was, would_be):
             return f"{what} = {would_be} instead of {was}"
     return None
