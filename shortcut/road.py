@@ -140,7 +140,7 @@ def run(recipe: Path, *, quiet: bool = False) -> Any:
     """
     try:
         content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ShortcutError(f"cannot read the recipe {recipe}: {' '.join(str(error).split())}") from None
     runnable = {
         command.__name__: command
@@ -149,7 +149,7 @@ def run(recipe: Path, *, quiet: bool = False) -> Any:
     if not isinstance(content, dict) or content.get("command") not in runnable:
         raise ShortcutError(f"{recipe} needs an entry command: with one of {', '.join(runnable)}")
     command = runnable[content.pop("command")]
-    texts = {str(name).replace("-", "_"): str(value) for name, value in content.items()}
+    texts = {str(name).replace("-", "_"): str(value) for name, value in content.items() if value is not None}
     if quiet and "quiet" in options_of(command):
         texts["quiet"] = "True"
     try:

@@ -20,16 +20,16 @@ def parse_size(text: str) -> int:
     """Read "5GB", "500 MB" or plain bytes. Raises ShortcutError for anything else, and for zero."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", text, re.IGNORECASE)
     unit = match[2].upper().rstrip("B") if match else ""
-    size = int(float(match[1]) * _UNITS[f"{unit}B" if unit else ""]) if match else 0
-    if size < 1:
+    size = float(match[1]) * _UNITS[f"{unit}B" if unit else ""] if match else 0.0
+    if not 1 <= size < 1 << 63:
         raise ShortcutError(f"cannot read the size {text!r}: write it like 5GB or 500MB")
-    return size
+    return int(size)
 
 
 def format_count(count: int) -> str:
     """A count in short: 134515008 -> "134.5M"."""
     for factor, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= factor:
+        if count >= factor * 0.99995:
             return f"{count / factor:.4g}{unit}"
     return str(count)
 

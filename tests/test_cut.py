@@ -200,7 +200,7 @@ def test_side_files_come_along(llama: Path, tmp_path: Path) -> None:
         ({"model_type": "diffllama"}, "cannot delete blocks of diffllama: its attention scales depend"),
         ({"num_hidden_layers": 9}, r"cannot tell where the 9 blocks are .* model.layers.0-6"),
         ({"num_hidden_layers": None}, "names no number of blocks"),
-        ({"num_kv_shared_layers": 3}, "num_kv_shared_layers = 3 depends on the block number"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True depends on the block"),
     ],
 )
 def test_what_cannot_be_exact_is_refused(change: dict[str, Any], message: str, llama: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ A plan is the only thing that scoring and surgery share. On disk it is a YAML fi
     why: {metric: block-influence, select: lowest}
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,10 @@ class Plan:
         why = data.get("why") or {}
         if not isinstance(why, dict):
             raise ShortcutError(f'{origin}: "why" has to be a mapping, not {why!r}')
+        try:
+            json.dumps(why)
+        except (TypeError, ValueError):
+            raise ShortcutError(f'{origin}: "why" has to be plain data: text, numbers, lists and mappings') from None
         return cls.dropping(base, blocks, why)
 
 
@@ -111,7 +116,7 @@ def read_plan(path: Path) -> Plan:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ShortcutError(f"no plan at {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ShortcutError(f"cannot read the plan {path}: {' '.join(str(error).split())}") from None
     return Plan.from_dict(data, str(path))
 

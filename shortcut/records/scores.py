@@ -85,9 +85,10 @@ def read_scores(path: Path) -> Scores:
         metrics = {name: _read_values(values, base.blocks) for name, values in data["metrics"].items()}
         block_parameters = tuple(int(count) for count in data["block_parameters"])
         parameters = int(data["parameters"])
-        if len(block_parameters) != base.blocks or not metrics:
+        plain = isinstance(data["calibration"], dict) and isinstance(data["settings"], dict)
+        if len(block_parameters) != base.blocks or not metrics or parameters < 1 or not plain:
             raise ValueError
-    except (AttributeError, TypeError, ValueError, IndexError):
+    except (AttributeError, TypeError, ValueError, LookupError, OverflowError):
         raise ShortcutError(f"{path} does not hold the scores of {base.blocks} blocks") from None
     return Scores(base, parameters, block_parameters, metrics, data["calibration"], data["settings"])
 
@@ -99,6 +100,8 @@ def _read_values(values: Any, depth: int) -> tuple[float, ...] | Triangle:
             raise ValueError
         return scores
 
+    if not isinstance(values, list):
+        raise ValueError
     if isinstance(values[0], list):
         if len(values) != depth:
             raise ValueError

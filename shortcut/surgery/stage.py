@@ -120,6 +120,8 @@ def _put_in_place(partial: Path, out: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
+    if path.is_dir():
+        raise ShortcutError(f"cannot write {path}: Is a directory")
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

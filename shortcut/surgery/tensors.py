@@ -76,8 +76,8 @@ def read_header(path: Path) -> TensorFile:
     except OSError as error:
         raise ShortcutError(f"cannot read {path}: {error.strerror}") from None
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=_whole)
+    except (ValueError, RecursionError) as error:  # UnicodeError is a ValueError
         raise ShortcutError(f"{path} is damaged: its header is not valid ({error})") from None
     if not isinstance(header, dict):
         raise ShortcutError(f"{path} is damaged: its header is not a JSON object")
@@ -88,7 +88,9 @@ def read_header(path: Path) -> TensorFile:
     position = 8 + length
     for tensor in tensors:
         if tensor.start != position:
-            raise ShortcutError(f"{path} is damaged: the bytes of {tensor.name} leave a gap or overlap their neighbour")
+            raise ShortcutError(
+                f"{path} is damaged: the bytes of {tensor.name!r} leave a gap or overlap their neighbour"
+            )
         position = tensor.stop
     if position != size:
         raise ShortcutError(f"{path} is damaged: its header speaks of {position} bytes and the file has {size}")
@@ -97,9 +99,29 @@ def read_header(path: Path) -> TensorFile:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
+    for name, value in pairs:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
+        name.encode()
+        if isinstance(value, str):
+            value.encode()
     if len(found) != len(pairs):
         raise ValueError("a name appears twice")
     return found
+
+
+def _whole(digits: str) -> int:
+    if digits == "-0":
+        raise ValueError("minus zero")
+    return int(digits)
+
+
+def _elements(shape: list[int]) -> int:
+    """Their product, or more than any file has where it outgrows 64 bits on the way."""
+    product = 1
+    for size in shape:
+        product *= size
+        if product >= 1 << 64:
+            return product
+    return product
 
 
 def _read_entry(path: Path, data_start: int, name: str, entry: Any) -> Tensor:
@@ -116,8 +138,8 @@ def _read_entry(path: Path, data_start: int, name: str, entry: Any) -> Tensor:
         raise ShortcutError(f"{path} is damaged: tensor {name!r} lacks a proper dtype, shape and data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ShortcutError(f"{path}: tensor {name!r} is of the unknown type {dtype!r}")
-    if math.prod(shape) * DTYPE_BITS[dtype] != (offsets[1] - offsets[0]) * 8:
-        raise ShortcutError(f"{path} is damaged: {name!r}, {dtype} {shape}, does not fit its bytes {offsets}")
+    if _elements(shape) * DTYPE_BITS[dtype] != (offsets[1] - offsets[0]) * 8:
+        raise ShortcutError(f"{path} is damaged: {name!r}, {dtype} {str(shape)[:80]}, does not fit its bytes {offsets}")
     return Tensor(name, dtype, tuple(shape), path, data_start + offsets[0], data_start + offsets[1])
 
 
