@@ -24,6 +24,9 @@ DEPTH_LISTS = ("layers_block_type", "hybrid_override_pattern")
 EXTRA_HEADS = ("num_nextn_predict_layers", "num_mtp_layers")
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "layers")
 
+# Tensors outside the blocks that hold an equal part for every block, and along which axis (Gemma 3n and 4).
+FUSED = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
+
 _NOT_TEXT = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|qformer|projector|connector|mtp)")
 _ENCODER = re.compile(r"(^|[._])encoder[._]")
 _NORM = re.compile(r"norm|^ln_?\d*$|^ln_f$")
@@ -82,6 +85,11 @@ def find_containers(names: Iterable[str]) -> dict[str, int]:
         if match and not _NOT_TEXT.search(match[1]):
             numbers.setdefault(match[1], set()).add(int(match[2]))
     return {prefix: len(found) for prefix, found in numbers.items() if found == set(range(len(found)))}
+
+
+def fused_axis(name: str) -> int | None:
+    """Along which axis a tensor outside the blocks holds an equal part for every block; None where it does not."""
+    return next((axis for suffix, axis in FUSED.items() if name.endswith(suffix)), None)
 
 
 def text_config(config: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any]]:

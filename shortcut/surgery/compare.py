@@ -1,6 +1,5 @@
 """Two checkpoints side by side, byte for byte, without loading either."""
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,8 +8,8 @@ from shortcut.errors import ShortcutError
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import Plan
 from shortcut.surgery.checkpoint import Checkpoint
-from shortcut.surgery.cut import map_names
-from shortcut.surgery.tensors import Tensor, read_chunks, same_bytes
+from shortcut.surgery.cut import carry_over
+from shortcut.surgery.tensors import Tensor, digest, same_bytes
 from shortcut.text import format_table
 
 
@@ -19,7 +18,7 @@ def compare_tensors(short: Checkpoint, base: Checkpoint, plan: Plan) -> int:
 
     Raises ShortcutError naming the first tensor that is missing, left over or different.
     """
-    expected = {new: base.tensors[old] for old, new in map_names(base, plan).items()}
+    expected = dict(carry_over(base, plan).values())
     if astray := sorted(expected.keys() ^ short.tensors.keys()):
         fault = "lacks" if astray[0] in expected else "should not have"
         raise ShortcutError(f"{short.name} {fault} the tensor {astray[0]} ({len(astray)} such tensors)")
@@ -88,10 +87,7 @@ def compare_checkpoints(one: Checkpoint, other: Checkpoint) -> Difference:
     return Difference(one.name, other.name, matches, only_one, tuple(sorted(differing)))
 
 
-def _digest(block: Iterable[tuple[str, Tensor]]) -> bytes:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(block):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        for chunk in read_chunks(tensor):
-            digest.update(chunk)
-    return digest.digest()
+def _digest(block: Iterable[tuple[str, Tensor]]) -> tuple[object, ...]:
+    """What tells one block from another: names, types and shapes of its tensors, and their bytes."""
+    tensors = sorted(block, key=lambda named: named[0])
+    return (*((name, tensor.dtype, tensor.shape) for name, tensor in tensors), digest(tensor for _, tensor in tensors))

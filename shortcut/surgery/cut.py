@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shortcut import __version__
+from shortcut.anatomy import fused_axis
 from shortcut.errors import ShortcutError
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import FORMAT, Plan
@@ -20,7 +21,7 @@ from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoi
 from shortcut.surgery.config import cut_config, is_plain
 from shortcut.surgery.remote import bytes_to_fetch, fetch_tensors
 from shortcut.surgery.stage import RECORD
-from shortcut.surgery.tensors import Tensor, write_file
+from shortcut.surgery.tensors import Tensor, select, write_file
 from shortcut.text import format_count, format_size
 
 # Files beside the weights that stay behind: other forms of the weights, caches, and what speaks of the base alone.
@@ -112,32 +113,34 @@ def check_arithmetic(checkpoint: Checkpoint, plan: Plan, *, no_guard: bool, trus
     guard(checkpoint, config, plan.kept, trust_remote_code=trust_remote_code)
 
 
-def map_names(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
-    """Old name -> new name of every tensor that stays, blocks renumbered in their order.
+def carry_over(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[str, Tensor]]:
+    """By its name in the base, every tensor that stays: its new name, and what of it stays.
 
+    Blocks are renumbered in their order. Of tensors that hold a part for every block, the parts of the kept ones stay.
     Heads behind the last block that predict further tokens do not fit another stack of blocks: they go.
     """
     if checkpoint.anatomy.depth != plan.base.blocks:
-        raise ShortcutError(
-            f"the plan is for {plan.base.blocks} blocks and {checkpoint.name} has {checkpoint.anatomy.depth}"
-        )
+        here = f"{checkpoint.name} has {checkpoint.anatomy.depth}"
+        raise ShortcutError(f"the plan is for {plan.base.blocks} blocks and {here}")
     if not plan.dropped:
-        return {name: name for name in checkpoint.tensors}
+        return {name: (name, tensor) for name, tensor in checkpoint.tensors.items()}
     numbers = {old: new for new, old in enumerate(plan.kept)}
-    names = {}
-    for name in checkpoint.tensors:
+    staying = {}
+    for name, tensor in checkpoint.tensors.items():
         where = checkpoint.anatomy.split(name)
         if where is None and not _EXTRA_HEAD.search(name):
-            names[name] = name
+            axis = fused_axis(name)
+            part = tensor if axis is None else select(tensor, axis, plan.base.blocks, plan.kept)
+            staying[name] = (name, part)
         elif where is not None and where[0] in numbers:
-            names[name] = checkpoint.anatomy.join(numbers[where[0]], where[1])
-    return names
+            staying[name] = (checkpoint.anatomy.join(numbers[where[0]], where[1]), tensor)
+    return staying
 
 
 def plan_files(checkpoint: Checkpoint, plan: Plan, max_shard_size: int | None = None) -> tuple[OutputFile, ...]:
     """What the weight files of the result will be: the base's sharding, or shards of at most this many bytes."""
-    names = map_names(checkpoint, plan)
-    groups = [[tensor for tensor in file.tensors if tensor.name in names] for file in checkpoint.files]
+    staying = carry_over(checkpoint, plan)
+    groups = [[staying[t.name] for t in file.tensors if t.name in staying] for file in checkpoint.files]
     metadata = [file.metadata for file in checkpoint.files]
     if max_shard_size is not None:
         groups = _pack([tensor for group in groups for tensor in group], max_shard_size)
@@ -147,21 +150,21 @@ def plan_files(checkpoint: Checkpoint, plan: Plan, max_shard_size: int | None = 
     return tuple(
         OutputFile(
             SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors",
-            tuple((names[tensor.name], tensor) for tensor in group),
+            tuple(group),
             meta,
         )
         for number, (group, meta) in enumerate(filled, 1)
     )
 
 
-def _pack(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
-    groups: list[list[Tensor]] = [[]]
+def _pack(tensors: list[tuple[str, Tensor]], limit: int) -> list[list[tuple[str, Tensor]]]:
+    groups: list[list[tuple[str, Tensor]]] = [[]]
     room = limit
-    for tensor in tensors:
+    for name, tensor in tensors:
         if tensor.size > room and groups[-1]:
             groups.append([])
             room = limit
-        groups[-1].append(tensor)
+        groups[-1].append((name, tensor))
         room -= tensor.size
     return groups
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from shortcut.anatomy import fused_axis
 from shortcut.errors import ShortcutError
 from shortcut.live import Model, build_empty, find_blocks
 from shortcut.surgery.checkpoint import Checkpoint
@@ -47,7 +48,11 @@ def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int]
         if difference := _first_difference(base_blocks[old], short_blocks[new]):
             change = f"block {old} would become block {new} with {difference}"
             raise ShortcutError(f"cannot delete these blocks of {family} exactly: {change}")
-    if difference := _first_difference(_shapes_outside(base), _shapes_outside(short)):
+    expected = {
+        name: _with_parts(name, shape, checkpoint.anatomy.depth, len(kept))
+        for name, shape in _shapes_outside(base).items()
+    }
+    if difference := _first_difference(expected, _shapes_outside(short)):
         raise ShortcutError(f"cannot delete these blocks of {family} exactly: outside the blocks it has {difference}")
 
 
@@ -62,17 +67,23 @@ def _describe(block: nn.Module) -> dict[str, Any]:
     return described
 
 
-def _shapes_outside(model: Model) -> dict[str, Any]:
+def _shapes_outside(model: Model) -> dict[str, tuple[int, ...]]:
     inside = {id(tensor) for block in find_blocks(model) for tensor in block.state_dict(keep_vars=True).values()}
     tensors = model.state_dict(keep_vars=True).items()
     return {name: tuple(tensor.shape) for name, tensor in tensors if id(tensor) not in inside}
+
+
+def _with_parts(name: str, shape: tuple[int, ...], depth: int, kept: int) -> tuple[int, ...]:
+    """The shape that a tensor outside the blocks has after the cut."""
+    axis = fused_axis(name)
+    return shape if axis is None else (*shape[:axis], shape[axis] // depth * kept, *shape[axis + 1 :])
 
 
 def _is_rounding(was: Any, would_be: Any) -> bool:
     return isinstance(was, float) and isinstance(would_be, float) and math.isclose(was, would_be, rel_tol=1e-12)
 
 
-def _first_difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+def _first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
     for what in sorted(before.keys() | after.keys()):
         was, would_be = before.get(what, "absent"), after.get(what, "absent")
         if was != would_be and not _is_rounding(was, would_be):

@@ -4,11 +4,13 @@ Reading is at least as strict as the safetensors library, so that nothing a file
 moves runs of adjacent tensors through one small buffer, whatever their type and number.
 """
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +31,10 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file: bytes `start` to `stop` (exclusive) counted from the beginning of the file."""
+    """One tensor of a file: bytes `start` to `stop` (exclusive) counted from the beginning of the file.
+
+    pieces: where only parts of it are meant, the byte ranges that are, within every `period` bytes.
+    """
 
     name: str
     dtype: str
@@ -37,11 +42,14 @@ class Tensor:
     file: Path
     start: int
     stop: int
+    period: int = 0
+    pieces: tuple[tuple[int, int], ...] = ()
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return self.stop - self.start
+        whole = self.stop - self.start
+        return whole // self.period * sum(b - a for a, b in self.pieces) if self.pieces else whole
 
     @property
     def parameters(self) -> int:
@@ -170,10 +178,16 @@ def write_file(
     buffer = memoryview(bytearray(BUFFER))
     with path.open("wb") as target:
         target.write(len(header).to_bytes(8, "little") + header)
-        for source, start, stop in _runs(tensor for _, tensor in ordered):
-            with source.open("rb", buffering=0) as file:
-                file.seek(start)
-                _copy(file, target, stop - start, buffer, advance)
+        for pieced, run in groupby((tensor for _, tensor in ordered), lambda tensor: bool(tensor.pieces)):
+            if pieced:
+                for chunk in (chunk for tensor in run for chunk in read_chunks(tensor)):
+                    target.write(chunk)
+                    advance(len(chunk))
+                continue
+            for source, start, stop in _runs(run):
+                with source.open("rb", buffering=0) as file:
+                    file.seek(start)
+                    _copy(file, target, stop - start, buffer, advance)
         target.flush()
         os.fsync(target.fileno())
 
@@ -201,14 +215,44 @@ def _copy(
         advance(count)
 
 
+def select(tensor: Tensor, axis: int, parts: int, kept: Sequence[int]) -> Tensor:
+    """The tensor of only some parts along an axis that is made of this many equal parts."""
+    period = (tensor.stop - tensor.start) // math.prod(tensor.shape[:axis])
+    unit = period // parts
+    shape = (*tensor.shape[:axis], tensor.shape[axis] // parts * len(kept), *tensor.shape[axis + 1 :])
+    pieces = tuple((part * unit, (part + 1) * unit) for part in kept)
+    return replace(tensor, shape=shape, period=period, pieces=pieces)
+
+
 def read_chunks(tensor: Tensor) -> Iterator[bytes]:
     """The bytes of a tensor, a few megabytes at a time."""
+    step = max(1, BUFFER // tensor.period) * tensor.period if tensor.pieces else BUFFER
     with tensor.file.open("rb") as file:
         file.seek(tensor.start)
-        for left in range(tensor.size, 0, -BUFFER):
-            yield file.read(min(left, BUFFER))
+        for left in range(tensor.stop - tensor.start, 0, -step):
+            chunk = file.read(min(left, step))
+            if len(chunk) < min(left, step):
+                raise ShortcutError(f"{tensor.file} ended {left} bytes early: it changed while it was read")
+            yield _pick(chunk, tensor) if tensor.pieces else chunk
+
+
+def _pick(chunk: bytes, tensor: Tensor) -> bytes:
+    import numpy as np
+
+    rows = np.frombuffer(chunk, np.uint8).reshape(-1, tensor.period)
+    return np.concatenate([rows[:, a:b] for a, b in tensor.pieces], axis=1).tobytes()
+
+
+def digest(tensors: Iterable[Tensor]) -> bytes:
+    """SHA-256 over the bytes of tensors, one after the other."""
+    total = hashlib.sha256()
+    for chunk in (chunk for tensor in tensors for chunk in read_chunks(tensor)):
+        total.update(chunk)
+    return total.digest()
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same bytes."""
+    if one.pieces or other.pieces:  # read in other steps
+        return digest([one]) == digest([other])
     return one.size == other.size and all(a == b for a, b in zip(read_chunks(one), read_chunks(other), strict=True))
