@@ -96,6 +96,7 @@ def cut_config(config: Mapping[str, Any], anatomy: Anatomy, kept: Sequence[int])
         text = text[key]
     if _derives_lists(config, anatomy):
         _write_lists(text, resolve_config(config, anatomy), anatomy.depth)
+    _check_providers(text, kept)
     _solve_periods(text, anatomy.depth, kept)
     for field, value in text.items():
         text[field] = _cut_field(field, value, anatomy, kept)
@@ -125,9 +126,24 @@ def _cut_field(field: str, value: Any, anatomy: Anatomy, kept: Sequence[int]) ->
         return "".join(cycled) if isinstance(value, str) else cycled
     if field == "scale_depth" and value:  # minicpm3 divides it by the square root of the depth
         return value * math.sqrt(len(kept) / anatomy.depth)
+    if field == "kv_source_layers" and value:
+        return [numbers[value[block]] for block in kept]
     if is_per_block(field, value, anatomy.depth):
         return [value[block] for block in kept]
     return value
+
+
+def _check_providers(text: Mapping[str, Any], kept: Sequence[int]) -> None:
+    """Refuse to delete a block whose choice of tokens, or whose keys, a later one uses (GLM, Mistral Large)."""
+    types = text.get("indexer_types") or []
+    sources: dict[int, int] = {}
+    for block, kind in enumerate(types):
+        sources[block] = block if kind == "full" else sources.get(block - 1, block)
+    for block, source in [*sources.items(), *enumerate(text.get("kv_source_layers") or [])]:
+        if block in kept and source not in kept:
+            raise ShortcutError(
+                f"cannot delete block {source} of {text.get('model_type')}: block {block} depends on it"
+            )
 
 
 def _solve_periods(text: dict[str, Any], depth: int, kept: Sequence[int]) -> None:

@@ -1,0 +1,50 @@
+"""The README speaks of what is there: commands parse, Python runs, make targets exist, tables are complete."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import shortcut
+from shortcut.cli import COMMANDS, _parse
+from shortcut.live import load_model
+from shortcut.scoring.metrics import METRICS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMAND = rf"(?:`|^)shortcut ((?:{'|'.join(COMMANDS)})\b[^`\n#]*)"
+SPELT = sorted(set(re.findall(COMMAND, README, re.MULTILINE)))
+
+
+@pytest.mark.parametrize("line", [line.strip() for line in SPELT if "..." not in line])
+def test_commands_parse(line: str) -> None:
+    """Every command line of the README is one that the command line accepts, to the last option."""
+    assert callable(_parse(shlex.split(line)))
+
+
+def test_every_command_and_metric_is_in_the_readme() -> None:
+    """No command and no metric is missing from the tables."""
+    assert {name for name in COMMANDS if f"`shortcut {name}" in README} == set(COMMANDS)
+    assert {name for name in METRICS if f"| `{name}` |" in README} == set(METRICS)
+
+
+def test_make_targets_exist() -> None:
+    """Every make target that the README names is in the Makefile."""
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z]+)\b", README, re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python of the README runs as written, on a small model in place of the named one."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    for name in ("score", "check"):
+        command = getattr(shortcut, name)
+        small = {"samples": 2, "length": 32, "quiet": True}
+        monkeypatch.setattr(shortcut, name, lambda *a, command=command, small=small, **k: command(*a, **k, **small))
+    model = load_model(llama)
+    inputs = {"input_ids": model.dummy_inputs["input_ids"], "max_new_tokens": 2}
+    code = code.replace("org/model", str(llama)).replace("count=7", "count=2").replace("shorter", str(tmp_path / "s"))
+    exec(code, {"model": model, "inputs": inputs})
+    assert (tmp_path / "s" / "config.json").exists()
