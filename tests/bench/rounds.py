@@ -1,0 +1,63 @@
+"""Timing rivals in turn, and printing what came out. Imports nothing heavy: see `cut.py`."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def take_turns(runs: int, *works: Callable[[], float]) -> list[list[float]]:
+    """The seconds that each work gives, (works, runs): once per round, in an order that turns from round to round."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for number in range(runs):
+        for turn in range(len(works)):
+            which = (number + turn) % len(works)
+            seconds[which].append(works[which]())
+        say(f"round {number + 1} of {runs}: " + " ".join(f"{timings[-1]:.2f}" for timings in seconds) + " seconds")
+    return seconds
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that it takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def compare(seconds: Sequence[float], rival_seconds: Sequence[float]) -> dict[str, Any]:
+    """Medians, the median of the rounds' ratios with their range, and the ratio of the two fastest runs.
+
+    The last is the one to read where other work shares the machine: that only ever makes a run slower.
+    """
+    ratios = [one / other for one, other in zip(seconds, rival_seconds, strict=True)]
+    return {
+        "seconds": round(statistics.median(seconds), 3),
+        "rival_seconds": round(statistics.median(rival_seconds), 3),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "ratio_of_best": round(min(seconds) / min(rival_seconds), 3),
+        "runs": len(ratios),
+    }
+
+
+def emit(bench: str, what: str, **found: Any) -> None:
+    """Print one measurement as a JSON line."""
+    print(json.dumps({"bench": bench, "what": what, **found, "machine": _machine()}, ensure_ascii=False), flush=True)
+
+
+def say(message: str) -> None:
+    """Progress, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _machine() -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    name = names[0].partition(": ")[2] if names else platform.machine()
+    return f"{os.cpu_count()} cores, {name}, {memory} GiB, {platform.system()}, Python {platform.python_version()}"
