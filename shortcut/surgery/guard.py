@@ -48,12 +48,28 @@ def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int]
         if difference := _first_difference(base_blocks[old], short_blocks[new]):
             change = f"block {old} would become block {new} with {difference}"
             raise ShortcutError(f"cannot delete these blocks of {family} exactly: {change}")
+    _check_shared(checkpoint, base, kept)
     expected = {
         name: _with_parts(name, shape, checkpoint.anatomy.depth, len(kept))
         for name, shape in _shapes_outside(base).items()
     }
     if difference := _first_difference(expected, _shapes_outside(short)):
         raise ShortcutError(f"cannot delete these blocks of {family} exactly: outside the blocks it has {difference}")
+
+
+def _check_shared(checkpoint: Checkpoint, base: Model, kept: Sequence[int]) -> None:
+    """Refuse to delete the one block under which weights that several blocks share are stored."""
+    members: dict[int, set[tuple[int, str]]] = {}
+    for number, block in enumerate(find_blocks(base)):
+        for name, parameter in block.named_parameters(remove_duplicate=False):
+            members.setdefault(id(parameter), set()).add((number, name))
+    for shared in members.values():
+        owners = {number for number, name in shared if checkpoint.anatomy.join(number, name) in checkpoint.tensors}
+        users = {number for number, _ in shared} & set(kept)
+        if owners and users and owners.isdisjoint(kept):
+            family = checkpoint.config.get("model_type")
+            fault = f"the weights that it shares with block {min(users)} are stored under it"
+            raise ShortcutError(f"cannot delete block {min(owners)} of {family}: {fault}")
 
 
 def _describe(block: nn.Module) -> dict[str, Any]:
