@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test quick check lint types fix bench build clean
+.PHONY: demo test quick check lint types fix bench sweep build clean
 
 demo: $(READY)            ## shorten the embedded model by a fifth and show what it cost
 	$(BIN)/shortcut demo --overwrite
@@ -30,6 +30,11 @@ fix: $(READY)
 
 bench: $(READY)           ## speed and memory, as JSON lines with a rival in the same run
 	$(BIN)/python -m tests.bench
+
+sweep: $(READY)           ## cut a tiny model of every family of transformers; rewrites the table of families
+	rm -f .sweep.jsonl
+	$(BIN)/python -m tests.sweep --out .sweep.jsonl
+	$(BIN)/python -m tests.sweep.table .sweep.jsonl
 
 build: $(READY)           ## wheel and source archive in dist/
 	$(BIN)/python -m build

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shortcut.commands import check as check
     from shortcut.commands import cut as cut
     from shortcut.commands import diff as diff
+    from shortcut.commands import families as families
     from shortcut.commands import inspect as inspect
     from shortcut.commands import plan as plan
     from shortcut.commands import score as score
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from shortcut.surgery.preview import preview as preview
 
 _HOME = {
-    **dict.fromkeys(("check", "cut", "diff", "inspect", "plan", "score"), "shortcut.commands"),
+    **dict.fromkeys(("check", "cut", "diff", "families", "inspect", "plan", "score"), "shortcut.commands"),
     **dict.fromkeys(("demo", "prune", "run"), "shortcut.road"),
     "Plan": "shortcut.records.plan",
     "Scores": "shortcut.records.scores",

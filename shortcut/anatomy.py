@@ -27,7 +27,7 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"
 # Tensors outside the blocks that hold an equal part for every block, and along which axis (Gemma 3n and 4).
 FUSED = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
 
-_NOT_TEXT = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|qformer|projector|connector|mtp)")
+_NOT_TEXT = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|qformer|projector|connector|aligner|vq|mtp)")
 _ENCODER = re.compile(r"(^|[._])encoder[._]")
 _NORM = re.compile(r"norm|^ln_?\d*$|^ln_f$")
 _ATTENTION = re.compile(r"attn|attention|mixer|mamba|ssm|conv|recurrent|temporal|^[qkvo]_proj")

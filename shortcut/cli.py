@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
         road.prune,
         commands.check,
         commands.diff,
+        commands.families,
         road.run,
         road.demo,
     )

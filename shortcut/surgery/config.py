@@ -135,6 +135,8 @@ def _cut_field(field: str, value: Any, anatomy: Anatomy, kept: Sequence[int]) ->
 
 def _check_providers(text: Mapping[str, Any], kept: Sequence[int]) -> None:
     """Refuse to delete a block whose choice of tokens, or whose keys, a later one uses (GLM, Mistral Large)."""
+    if kept[0] in (text.get("cross_attention_layers") or []):  # the cache's length is read from the first block
+        raise ShortcutError(f"block {kept[0]} of {text.get('model_type')} attends to images: it cannot come first")
     types = text.get("indexer_types") or []
     sources: dict[int, int] = {}
     for block, kind in enumerate(types):

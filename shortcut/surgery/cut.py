@@ -19,6 +19,7 @@ from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import FORMAT, Plan
 from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint, read_json
 from shortcut.surgery.config import cut_config, is_plain
+from shortcut.surgery.families import is_proven
 from shortcut.surgery.remote import bytes_to_fetch, fetch_tensors
 from shortcut.surgery.stage import RECORD
 from shortcut.surgery.tensors import Tensor, select, write_file
@@ -106,6 +107,9 @@ def check_arithmetic(checkpoint: Checkpoint, plan: Plan, *, no_guard: bool, trus
     both models without weights, which imports torch. Raises ShortcutError for a plan that cannot be exact.
     """
     config = cut_config(checkpoint.config, checkpoint.anatomy, plan.kept)
+    family = str(checkpoint.config.get("model_type"))
+    if no_guard and not is_proven(family):
+        raise ShortcutError(f"--no-guard is for families that were proven exact, and {family} is not one of them")
     if is_plain(checkpoint.config) or no_guard or not plan.dropped:
         return
     from shortcut.surgery.guard import guard

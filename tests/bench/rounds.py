@@ -30,17 +30,13 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def compare(seconds: Sequence[float], rival_seconds: Sequence[float]) -> dict[str, Any]:
-    """Medians, the median of the rounds' ratios with their range, and the ratio of the two fastest runs.
-
-    The last is the one to read where other work shares the machine: that only ever makes a run slower.
-    """
+    """Medians, and the median of the rounds' ratios with the lowest and highest of them."""
     ratios = [one / other for one, other in zip(seconds, rival_seconds, strict=True)]
     return {
         "seconds": round(statistics.median(seconds), 3),
         "rival_seconds": round(statistics.median(rival_seconds), 3),
         "ratio": round(statistics.median(ratios), 3),
         "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
-        "ratio_of_best": round(min(seconds) / min(rival_seconds), 3),
         "runs": len(ratios),
     }
 
