@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from shortcut.anatomy import find_anatomy
@@ -16,7 +17,17 @@ from shortcut.errors import ShortcutError
 
 Model = Any  # a PreTrainedModel of transformers, which mypy does not follow
 # What loading code of transformers raises for a config or checkpoint that is not right.
-_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ImportError)
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+    ImportError,
+    StrictDataclassError,
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -141,7 +141,10 @@ def _check_providers(text: Mapping[str, Any], kept: Sequence[int]) -> None:
     sources: dict[int, int] = {}
     for block, kind in enumerate(types):
         sources[block] = block if kind == "full" else sources.get(block - 1, block)
-    for block, source in [*sources.items(), *enumerate(text.get("kv_source_layers") or [])]:
+    kinds, shared = text.get("layer_types") or [], text.get("num_kv_shared_layers") or 0
+    own = len(kinds) - shared  # the blocks behind these take keys and values from the last of them of their kind
+    borrowed = {b: max((o for o in range(own) if kinds[o] == kinds[b]), default=b) for b in range(own, len(kinds))}
+    for block, source in [*borrowed.items(), *sources.items(), *enumerate(text.get("kv_source_layers") or [])]:
         if block in kept and source not in kept:
             raise ShortcutError(
                 f"cannot delete block {source} of {text.get('model_type')}: block {block} depends on it"

@@ -28,6 +28,7 @@ HARMLESS = {
     "seed",
     "num_hidden_layers",
     "store_full_length_kv",
+    "next_skip_topk",
 }
 
 
@@ -49,6 +50,9 @@ def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int]
             change = f"block {old} would become block {new} with {difference}"
             raise ShortcutError(f"cannot delete these blocks of {family} exactly: {change}")
     _check_shared(checkpoint, base, kept)
+    _check_images(base, kept)
+    if _counts_tokens(base) and not _counts_tokens(short):
+        raise ShortcutError(f"no block of {family} with attention would be left, and generation counts tokens in one")
     expected = {
         name: _with_parts(name, shape, checkpoint.anatomy.depth, len(kept))
         for name, shape in _shapes_outside(base).items()
@@ -70,6 +74,30 @@ def _check_shared(checkpoint: Checkpoint, base: Model, kept: Sequence[int]) -> N
             family = checkpoint.config.get("model_type")
             fault = f"the weights that it shares with block {min(users)} are stored under it"
             raise ShortcutError(f"cannot delete block {min(owners)} of {family}: {fault}")
+
+
+def _check_images(base: Model, kept: Sequence[int]) -> None:
+    """Refuse to delete blocks behind which image features are added by block number (Qwen3-VL, Granite Vision)."""
+
+    def find(config: Any, name: str) -> Any:
+        if not isinstance(config, dict):
+            return None
+        return config.get(name) or next((found for part in config.values() if (found := find(part, name))), None)
+
+    config = base.config.to_dict()
+    first = len(find(config, "deepstack_visual_indexes") or ())
+    first = max([first, *(1 + place for _, place in find(config, "deepstack_layer_map") or ())])
+    if gone := set(range(first)) - set(kept):
+        family = config.get("model_type")
+        raise ShortcutError(
+            f"cannot delete block {min(gone)} of {family}: image features enter up to block {first - 1}"
+        )
+
+
+def _counts_tokens(model: Model) -> bool:
+    """Whether a block has a cache that counts tokens."""
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    return not kinds or any(kind not in {"linear_attention", "conv", "moe", "mlp"} for kind in kinds)
 
 
 def _describe(block: nn.Module) -> dict[str, Any]:

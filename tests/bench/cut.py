@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bench.rounds import compare, emit, say, take_turns
+from tests.bench.rounds import compare, emit, say, scratch, take_turns
 
 RUNS = 7
 DEPTH = 24
@@ -43,8 +43,8 @@ COPY = 'mkdir "$2" && for file in "$1"/*; do cp "$file" "$2" && sync "$2/${file#
 def main() -> None:
     if shutil.disk_usage(tempfile.gettempdir()).free < NEEDED:
         sys.exit(f"the benchmark of cut needs {NEEDED / 1e9:.0f} GB in {tempfile.gettempdir()}")
-    with tempfile.TemporaryDirectory(prefix="shortcut-bench-") as name:
-        base, kept, target = (Path(name) / part for part in ("base", "kept", "target"))
+    with scratch() as folder:
+        base, kept, target = (folder / name for name in ("base", "kept", "target"))
         say("writing a random Llama checkpoint")
         size = write_base(base)
         cut = [str(Path(sys.executable).with_name("shortcut")), "cut", str(base), "--drop", DROP, "--quiet"]

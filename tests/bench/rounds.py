@@ -3,12 +3,18 @@
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+# Of torch: several wait for each other after every operation, which a busy machine slows out of proportion.
+THREADS = 1
 
 
 def take_turns(runs: int, *works: Callable[[], float]) -> list[list[float]]:
@@ -27,6 +33,14 @@ def timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder that goes even when the process is told to terminate."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    with tempfile.TemporaryDirectory(prefix="shortcut-bench-") as name:
+        yield Path(name)
 
 
 def compare(seconds: Sequence[float], rival_seconds: Sequence[float]) -> dict[str, Any]:

@@ -15,10 +15,9 @@ from shortcut.scoring.calibration import Batch, Source, make_batches, make_calib
 from shortcut.scoring.metrics import METRICS, angular_distance, block_influence, l2, relative_magnitude, variance
 from shortcut.scoring.walk import score_blocks
 from shortcut.sources import embedded_model, open_model
-from tests.bench.rounds import compare, emit, take_turns, timed
+from tests.bench.rounds import THREADS, compare, emit, take_turns, timed
 
 RUNS, SLOW_RUNS = 5, 3
-THREADS = 1  # several wait for each other after every operation, and a busy machine then slows small ones the most
 SAMPLES, LENGTH, BATCH = 8, 512, 4
 
 

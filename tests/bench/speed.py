@@ -5,26 +5,27 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hub library is imported
 
 import statistics
-import tempfile
-from pathlib import Path
+
+import torch
 
 from shortcut.checking.speed import measure_speed
 from shortcut.commands import cut
 from shortcut.live import load_model
 from shortcut.sources import embedded_model, open_model
-from tests.bench.rounds import emit
+from tests.bench.rounds import THREADS, emit, scratch
 
 REPEATS, RUNS = 3, 5
 DROP = "20-25"
 
 
 def main() -> None:
+    torch.set_num_threads(THREADS)
     base = open_model(embedded_model())
-    with tempfile.TemporaryDirectory(prefix="shortcut-bench-") as name:
-        plan = cut(base.folder, Path(name) / "short", drop=DROP, quiet=True).plan
-        models = [load_model(folder, device="cpu", dtype="float32") for folder in (Path(name) / "short", base.folder)]
+    with scratch() as folder:
+        plan = cut(base.folder, folder / "short", drop=DROP, quiet=True).plan
+        models = [load_model(path, device="cpu", dtype="float32") for path in (folder / "short", base.folder)]
         pairs = [measure_speed(models, runs=RUNS) for _ in range(REPEATS)]
-    what = f"SmolLM2-135M, {len(plan.dropped)} of {base.base.blocks} blocks cut, float32"
+    what = f"SmolLM2-135M, {len(plan.dropped)} of {base.base.blocks} blocks cut, float32, {THREADS} thread"
     for phase in ("prefill", "decode"):
         rates = [(getattr(short, phase), getattr(whole, phase)) for short, whole in pairs]
         ratios = sorted(rate / base_rate for rate, base_rate in rates)
