@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoi
 from shortcut.surgery.config import cut_config, is_plain
 from shortcut.surgery.families import is_proven
 from shortcut.surgery.remote import bytes_to_fetch, fetch_tensors
-from shortcut.surgery.stage import RECORD
+from shortcut.surgery.stage import RECORD, make_durable
 from shortcut.surgery.tensors import Tensor, select, write_file
 from shortcut.text import format_count, format_size
 
@@ -188,8 +189,13 @@ def write_checkpoint(
     config = cut_config(checkpoint.config, checkpoint.anatomy, plan.kept)
     files = plan_files(checkpoint, plan, max_shard_size)
     fetch_tensors(checkpoint.mirrors, (tensor for file in files for _, tensor in file.tensors), advance)
-    for file in files:
-        write_file(folder / file.name, file.tensors, file.metadata, advance)
+    with ThreadPoolExecutor(1) as background:  # a file goes to the disk while the next one is copied
+        synced = []
+        for file in files:
+            write_file(folder / file.name, file.tensors, file.metadata, advance)
+            synced.append(background.submit(make_durable, folder / file.name))
+        for job in synced:
+            job.result()
     if len(files) > 1:
         _write_json(folder / INDEX, _index(files))
     _copy_side_files(checkpoint.folder, folder)

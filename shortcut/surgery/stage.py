@@ -52,7 +52,9 @@ def staged(out: Path, *, overwrite: bool = False, base: Path | None = None, size
                     f"no room for {out}: it needs {format_size(size)}, and {format_size(free)} are free"
                 )
             yield partial
-            _make_durable(partial)
+            for root, _, names in os.walk(partial):
+                for name in [*names, "."]:
+                    make_durable(os.path.join(root, name))
             _put_in_place(partial, out)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
@@ -91,14 +93,13 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _make_durable(folder: Path) -> None:
-    for root, _, names in os.walk(folder):
-        for path in [root, *(os.path.join(root, name) for name in names)]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+def make_durable(path: Path | str) -> None:
+    """Return when a file, or the list of a folder's files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _put_in_place(partial: Path, out: Path) -> None:
@@ -111,11 +112,7 @@ def _put_in_place(partial: Path, out: Path) -> None:
         out.rename(old)
         partial.rename(out)
         shutil.rmtree(old)
-    parent = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    make_durable(out.parent)
 
 
 def write_text(path: Path, text: str) -> None:
