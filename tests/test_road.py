@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 import shortcut
+from shortcut.arguments import bind
 from shortcut.cli import main
 from shortcut.errors import ShortcutError
 from shortcut.records.plan import read_plan
@@ -142,3 +143,14 @@ def test_wrong_recipes_are_refused(content: str, message: str, tmp_path: Path) -
     with pytest.raises(ShortcutError, match=message) as caught:
         shortcut.run(tmp_path / "r.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", sorted(Path(__file__).parent.parent.joinpath("recipes").glob("*.yaml")), ids=str)
+def test_recipes_are_complete_calls(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every recipe that comes with the project names a command and options that it has."""
+    content = yaml.safe_load(recipe.read_text())
+    called: list[dict[str, object]] = []
+    monkeypatch.setattr("shortcut.road.bind", lambda command, texts: called.append(bind(command, texts)) or {})
+    with pytest.raises(TypeError, match="missing 2 required positional arguments"):  # bound, but not carried out
+        shortcut.run(recipe)
+    assert called[0].keys() == content.keys() - {"command"}
