@@ -200,6 +200,7 @@ def test_side_files_come_along(llama: Path, tmp_path: Path) -> None:
         ({"model_type": "diffllama"}, "cannot delete blocks of diffllama: its attention scales depend"),
         ({"num_hidden_layers": 9}, r"cannot tell where the 9 blocks are .* model.layers.0-6"),
         ({"num_hidden_layers": None}, "names no number of blocks"),
+        ({"quantization_config": {"ignore": ["model.layers.3.mlp"]}}, r"names single blocks \(model.layers.3.mlp\)"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True depends on the block"),
     ],
 )
@@ -237,3 +238,13 @@ def test_a_damaged_base_is_refused(checkpoint_of: Callable[..., Path], tmp_path:
         with pytest.raises(ShortcutError, match=message):
             shortcut.cut(folder, tmp_path / "short", drop="1", quiet=True)
         assert not (tmp_path / "short").exists()
+
+
+def test_metadata_of_single_tensors_is_refused(llama: Path, tmp_path: Path) -> None:
+    """Files whose free-form metadata speak of tensors by name are not cut: the names would be wrong."""
+    folder = shutil.copytree(llama, tmp_path / "base")
+    metadata = {"format": "pt", "model.layers.0.mlp.up_proj.weight": "{}"}
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata=metadata)
+    with pytest.raises(ShortcutError, match="describe single tensors in their metadata"):
+        shortcut.cut(folder, tmp_path / "short", drop="1", quiet=True)
+    assert not (tmp_path / "short").exists()

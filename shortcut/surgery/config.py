@@ -7,7 +7,8 @@ through their own config class first and get the explicit list.
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from shortcut.anatomy import Anatomy, text_config
@@ -73,7 +74,20 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     for field, harmless in UNSOLVED.items():
         if field in text and text[field] not in (harmless, None):
             return f"{text.get('model_type')}: {field} = {text[field]!r} depends on the block number"
+    words = _strings(config.get("quantization_config"))
+    numbered = (word for word in words if re.search(r"\.\d+(\\?\.|$)|\.\[?\(?(\\d|\d)", word))
+    if name := next(numbered, None):
+        return f"{text.get('model_type')}: its quantization_config names single blocks ({name})"
     return None
+
+
+def _strings(data: Any) -> Iterator[str]:
+    """Every text in nested plain data, keys included."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, list | dict):
+        for part in [*data, *(data.values() if isinstance(data, dict) else ())]:
+            yield from _strings(part)
 
 
 def is_plain(config: Mapping[str, Any]) -> bool:

@@ -145,6 +145,10 @@ def carry_over(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[str, Tenso
 def plan_files(checkpoint: Checkpoint, plan: Plan, max_shard_size: int | None = None) -> tuple[OutputFile, ...]:
     """What the weight files of the result will be: the base's sharding, or shards of at most this many bytes."""
     staying = carry_over(checkpoint, plan)
+    if plan.dropped and any(key in checkpoint.tensors for file in checkpoint.files for key in file.metadata):
+        raise ShortcutError(
+            f"the weight files of {checkpoint.name} describe single tensors in their metadata (torchao)"
+        )
     groups = [[staying[t.name] for t in file.tensors if t.name in staying] for file in checkpoint.files]
     metadata = [file.metadata for file in checkpoint.files]
     if max_shard_size is not None:
