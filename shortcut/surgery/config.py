@@ -75,7 +75,7 @@ def refusal(config: Mapping[str, Any]) -> str | None:
         if field in text and text[field] not in (harmless, None):
             return f"{text.get('model_type')}: {field} = {text[field]!r} depends on the block number"
     words = _strings(config.get("quantization_config"))
-    numbered = (word for word in words if re.search(r"\.\d+(\\?\.|$)|\.\[?\(?(\\d|\d)", word))
+    numbered = (word for word in words if re.search(r"[a-z_]\\?\.[\[(]?(\\d|\d)", word, re.IGNORECASE))
     if name := next(numbered, None):
         return f"{text.get('model_type')}: its quantization_config names single blocks ({name})"
     return None
