@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from shortcut.anatomy import Anatomy, text_config
+from shortcut.anatomy import EXTRA_HEADS, Anatomy, text_config
 from shortcut.errors import ShortcutError
 
 # Families whose config class derives nothing per block, so that the JSON alone says everything. (mistral has to be
@@ -52,8 +52,6 @@ INDEX_SETS = {
 KEYED = {"per_layer_config"}
 # A pattern that the blocks repeat, or that names each of them by a character.
 CYCLES = {"block_types", "hybrid_override_pattern"}
-# Blocks behind the last one that predict further tokens: they go when the stack before them changes.
-EXTRA_HEADS = {"num_nextn_predict_layers", "num_mtp_layers"}
 # Every period-th block, from an offset on, is special.
 PERIODS_WITH_OFFSET = {"attn_layer_period": "attn_layer_offset", "expert_layer_period": "expert_layer_offset"}
 # What a class makes a per-block list of when the JSON has none; once the list is written they would mislead.
@@ -128,7 +126,7 @@ def _cut_field(field: str, value: Any, anatomy: Anatomy, kept: Sequence[int]) ->
         return sum(block <= number for block in kept) - 1
     if field in SUFFIX_COUNTS and number:
         return sum(block >= anatomy.depth - number for block in kept)
-    if field in EXTRA_HEADS and number:
+    if field in EXTRA_HEADS and number:  # they do not fit another stack of blocks
         return 0
     if field in INDEX_SETS and isinstance(value, list):
         first = INDEX_SETS[field]
