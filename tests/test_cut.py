@@ -248,3 +248,19 @@ def test_metadata_of_single_tensors_is_refused(llama: Path, tmp_path: Path) -> N
     with pytest.raises(ShortcutError, match="describe single tensors in their metadata"):
         shortcut.cut(folder, tmp_path / "short", drop="1", quiet=True)
     assert not (tmp_path / "short").exists()
+
+
+def test_heads_behind_the_last_block_go_and_are_named(llama: Path, tmp_path: Path) -> None:
+    """Blocks that predict further tokens, in the container or beside it, go when blocks go, and the report says so."""
+    folder = shutil.copytree(llama, tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    extra = {f"model.layers.{DEPTH}.eh_proj.weight": torch.zeros(3), "mtp.norm.weight": torch.zeros(5)}
+    save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    report = shortcut.cut(folder, tmp_path / "short", drop="1", quiet=True)
+    assert set(report.heads_dropped) == set(extra)
+    assert "dropped too: 2 tensors" in str(report)
+    assert not set(load_file(tmp_path / "short" / "model.safetensors")) & set(extra)
+    assert json.loads((tmp_path / "short" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    load(tmp_path / "short")

@@ -61,6 +61,7 @@ class CutReport:
     bytes_before: int
     bytes_after: int
     bytes_to_fetch: int
+    heads_dropped: tuple[str, ...]
     written: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class CutReport:
         return {**vars(self), "plan": self.plan.to_dict()}
 
     def __str__(self) -> str:
-        plan = self.plan
+        plan, heads = self.plan, self.heads_dropped
         verb = "wrote" if self.written else "would write"
         return "\n".join(
             [
@@ -78,6 +79,7 @@ class CutReport:
                 f"parameters {format_count(self.parameters_before)} -> {format_count(self.parameters_after)}, "
                 f"bytes {format_size(self.bytes_before)} -> {format_size(self.bytes_after)}",
                 *(f"{format_size(size):>9}  {name}" for name, size in self.files),
+                *([f"dropped too: {len(heads)} tensors that predict further tokens"] if heads else []),
                 *([f"from the Hub: {format_size(self.bytes_to_fetch)}"] if self.bytes_to_fetch else []),
             ]
         )
@@ -97,6 +99,7 @@ def report_cut(
         bytes_before=checkpoint.size,
         bytes_after=sum(file.size for file in files),
         bytes_to_fetch=bytes_to_fetch(checkpoint.mirrors, (tensor for file in files for _, tensor in file.tensors)),
+        heads_dropped=tuple(name for name in checkpoint.tensors if plan.dropped and _is_extra_head(checkpoint, name)),
         written=written,
     )
 
@@ -133,13 +136,18 @@ def carry_over(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[str, Tenso
     staying = {}
     for name, tensor in checkpoint.tensors.items():
         where = checkpoint.anatomy.split(name)
-        if where is None and not _EXTRA_HEAD.search(name):
+        if where is None and not _is_extra_head(checkpoint, name):
             axis = fused_axis(name)
             part = tensor if axis is None else select(tensor, axis, plan.base.blocks, plan.kept)
             staying[name] = (name, part)
         elif where is not None and where[0] in numbers:
             staying[name] = (checkpoint.anatomy.join(numbers[where[0]], where[1]), tensor)
     return staying
+
+
+def _is_extra_head(checkpoint: Checkpoint, name: str) -> bool:
+    where = checkpoint.anatomy.split(name)
+    return _EXTRA_HEAD.search(name) is not None if where is None else where[0] >= checkpoint.anatomy.depth
 
 
 def plan_files(checkpoint: Checkpoint, plan: Plan, max_shard_size: int | None = None) -> tuple[OutputFile, ...]:
