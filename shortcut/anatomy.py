@@ -24,8 +24,8 @@ DEPTH_LISTS = ("layers_block_type", "hybrid_override_pattern")
 EXTRA_HEADS = ("num_nextn_predict_layers", "num_mtp_layers")
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "layers")
 
-# Tensors outside the blocks that hold an equal part for every block, and along which axis (Gemma 3n and 4).
-FUSED = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
+# Modules outside the blocks whose weight holds an equal part for every block, and along which axis (Gemma 3n and 4).
+FUSED = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
 
 _NOT_TEXT = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|qformer|projector|connector|aligner|vq|mtp)")
 _ENCODER = re.compile(r"(^|[._])encoder[._]")
@@ -87,9 +87,14 @@ def find_containers(names: Iterable[str]) -> dict[str, int]:
     return {prefix: len(found) for prefix, found in numbers.items() if found == set(range(len(found)))}
 
 
+def is_other_tower(prefix: str, container: str) -> bool:
+    """Whether a name prefix belongs to a tower for images or sound, or to an encoder, and not to the decoder."""
+    return bool(_NOT_TEXT.search(prefix)) or bool(_ENCODER.search(prefix) and not _ENCODER.search(container))
+
+
 def fused_axis(name: str) -> int | None:
     """Along which axis a tensor outside the blocks holds an equal part for every block; None where it does not."""
-    return next((axis for suffix, axis in FUSED.items() if name.endswith(suffix)), None)
+    return FUSED.get(name.rpartition(".")[0].rpartition(".")[2])
 
 
 def text_config(config: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any]]:

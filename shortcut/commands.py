@@ -16,7 +16,7 @@ from shortcut.records.scores import Scores, format_scores, read_scores
 from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import read_checkpoint, read_json
 from shortcut.surgery.compare import Difference, compare_checkpoints, compare_tensors
-from shortcut.surgery.cut import CutReport, check_arithmetic, report_cut, write_checkpoint
+from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
 from shortcut.surgery.families import Families, read_families
 from shortcut.surgery.inspection import Inspection, inspect_checkpoint
 from shortcut.surgery.stage import RECORD, check_target, staged, write_text
@@ -171,13 +171,13 @@ def cut(
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     check_target(Path(out), overwrite=overwrite, base=checkpoint.folder)
     report = report_cut(checkpoint, plan, Path(out), limit, written=not dry_run)
-    check_arithmetic(checkpoint, plan, no_guard=no_guard, trust_remote_code=trust_remote_code)
+    config = shorten_config(checkpoint, plan, no_guard=no_guard, trust_remote_code=trust_remote_code)
     if not dry_run:
         with (
             staged(Path(out), overwrite=overwrite, base=checkpoint.folder, size=report.bytes_after) as folder,
             byte_bar(report.bytes_after, "writing", quiet=quiet) as advance,
         ):
-            written = write_checkpoint(checkpoint, plan, folder, max_shard_size=limit, advance=advance)
+            written = write_checkpoint(checkpoint, plan, config, folder, max_shard_size=limit, advance=advance)
             if verify:
                 compare_tensors(written, checkpoint, plan)
     return report

@@ -79,7 +79,11 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", trust
             raise ShortcutError(
                 f"{folder} does not load whole: {len(wrong)} {kind.replace('_', ' ')}, such as {wrong[0]}"
             )
-    return model.eval()
+    model.eval()
+    if getattr(model, "hf_quantizer", None) is not None:  # compressed-tensors unpacks when the whole model is called
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    return model
 
 
 def load_config(content: Mapping[str, Any], code: Path | None = None) -> Any:
@@ -88,34 +92,45 @@ def load_config(content: Mapping[str, Any], code: Path | None = None) -> Any:
     code: a folder with the Python files that its auto_map names, which are run. Raises ShortcutError where transformers
     cannot read it.
     """
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(content), encoding="utf-8")
-        for path in code.glob("*.py") if code else ():
-            shutil.copyfile(path, Path(folder) / path.name)
-        try:
-            return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=code is not None)
-        except _LOADING_ERRORS as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ShortcutError(f"transformers cannot read this config: {reason}") from None
+    with _config_folder(content, code) as folder:
+        return _read_config(folder, code)
 
 
 def build_empty(content: Mapping[str, Any], code: Path | None = None) -> Model:
     """Build the model of a config.json on the meta device: every module, no memory for weights. As `load_config`."""
     import transformers
 
-    config = load_config(content, code)
-    named = getattr(transformers, (config.architectures or ["none"])[0], None)
+    with _config_folder(content, code) as folder:  # code of its own is looked for there once more
+        config = _read_config(folder, code)
+        named = getattr(transformers, (config.architectures or ["none"])[0], None)
+        try:
+            with torch.device("meta"):
+                if code is None and named is not None:
+                    return named._from_config(config)
+                return _auto_class(config.model_type).from_config(config, trust_remote_code=code is not None)
+        except _LOADING_ERRORS as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ShortcutError(f"transformers cannot build this config: {reason}") from None
+
+
+@contextmanager
+def _config_folder(content: Mapping[str, Any], code: Path | None) -> Iterator[Path]:
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(content), encoding="utf-8")
+        for path in code.glob("*.py") if code else ():
+            shutil.copyfile(path, Path(folder) / path.name)
+        yield Path(folder)
+
+
+def _read_config(folder: Path, code: Path | None) -> Any:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
     try:
-        with torch.device("meta"):
-            if code is None and named is not None:
-                return named._from_config(config)
-            return _auto_class(config.model_type).from_config(config, trust_remote_code=code is not None)
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=code is not None)
     except _LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
-        raise ShortcutError(f"transformers cannot build this config: {reason}") from None
+        raise ShortcutError(f"transformers cannot read this config: {reason}") from None
 
 
 def _auto_class(family: str) -> Any:
@@ -140,12 +155,17 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def find_blocks(model: Model) -> nn.ModuleList:
-    """The list of decoder blocks of a live transformers model, in order.
+    """The list of decoder blocks of a live transformers model, in order. Raises ShortcutError as `blocks_path` does."""
+    return model.get_submodule(blocks_path(model))
+
+
+def blocks_path(model: Model) -> str:
+    """The name of the list of decoder blocks inside a live transformers model.
 
     Raises ShortcutError, as `find_anatomy` does, where they cannot be told.
     """
     anatomy = find_anatomy((name for name, _ in model.named_parameters()), model.config.to_dict())
-    return model.get_submodule(anatomy.container.removesuffix("."))
+    return anatomy.container.removesuffix(".")
 
 
 def find_decoder(model: Model) -> nn.Module:

@@ -16,7 +16,8 @@ from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import format_plan
 from shortcut.records.scores import Scores, format_scores
 from shortcut.sources import embedded_model, open_model
-from shortcut.surgery.cut import CutReport, check_arithmetic, report_cut, write_checkpoint
+from shortcut.surgery.config import check_family
+from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
 from shortcut.surgery.stage import check_target, staged, write_text
 from shortcut.text import format_count, format_size, format_table, parse_size
 
@@ -93,6 +94,7 @@ def prune(
 
     # What is wrong with the request is said before the long work, not after it.
     check_target(target, overwrite=overwrite, base=base.folder)
+    check_family(base.config)
     zeros = {rule["metric"]: (0.0,) * base.base.blocks}
     blank = Scores(base.base, base.parameters, base.block_parameters, zeros, {}, {})
     report_cut(base, commands.plan(blank, **amount, **rule), target, limit, written=False)
@@ -107,10 +109,10 @@ def prune(
         scores = commands.score(model, metric=metric, **text, **loading)
     plan = commands.plan(scores or blank, **amount, **rule)
     cut = report_cut(base, plan, target, limit, written=True)
-    check_arithmetic(base, plan, no_guard=False, trust_remote_code=trust_remote_code)
+    config = shorten_config(base, plan, trust_remote_code=trust_remote_code)
     with staged(target, overwrite=overwrite, base=base.folder, size=cut.bytes_after) as folder:
         with byte_bar(cut.bytes_after, "writing", quiet=quiet) as advance:
-            short = write_checkpoint(base, plan, folder, max_shard_size=limit, advance=advance)
+            short = write_checkpoint(base, plan, config, folder, max_shard_size=limit, advance=advance)
         say("checking: keys, tensors, logits, perplexity before and after", quiet=quiet)
         checked = check_checkpoint(replace(short, name=str(out)), (base, plan), unseen, **loading)
         report = PruneReport(scores, cut, checked)

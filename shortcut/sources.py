@@ -1,23 +1,18 @@
 """What MODEL means: a folder, a Hub id, a GGUF file, or the embedded model; each becomes a folder with a checkpoint."""
 
-import contextlib
-import hashlib
 import importlib.util
-import io
-import json
-import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shortcut.conversion import PICKLE, PICKLE_INDEX, convert_gguf, convert_pickles, pickles_in
 from shortcut.errors import ShortcutError
-from shortcut.progress import say
-from shortcut.surgery.checkpoint import Checkpoint, check_index, read_checkpoint, read_json, weight_files
+from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, check_index, read_checkpoint, read_json, weight_files
 from shortcut.surgery.remote import Mirror
-from shortcut.surgery.stage import RECORD, staged
 from shortcut.surgery.tensors import read_header
 
+ADAPTER = "adapter_config.json"  # transformers would load it on top of the weights
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # What is fetched from the Hub beside the weights.
 _SMALL = [
@@ -45,17 +40,33 @@ def open_model(
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ShortcutError(f"no file {path}")
-        return read_checkpoint(_convert_gguf(path.resolve(), quiet), str(path.resolve()))
+        return read_checkpoint(convert_gguf(path.resolve(), quiet=quiet), str(path.resolve()))
     if path.is_dir():
-        return read_checkpoint(path.resolve(), str(path.resolve()), revision)
+        return _read_folder(path.resolve(), str(path.resolve()), revision, quiet)
     if path.exists():
         raise ShortcutError(f"{path} is no model: give a folder, a .gguf file, or a Hub id such as {EMBEDDED_MODEL}")
     if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise ShortcutError(f"no model at {model}: neither a folder, nor a .gguf file, nor a Hub id (org/name)")
-    if not weights and not _offline():
-        return _open_remote(str(model), revision)
+    if not weights and not _offline() and (remote := _open_remote(str(model), revision)):
+        return remote
     folder = _fetch(str(model), revision, [*_SMALL, "*.safetensors"], quiet)
-    return read_checkpoint(folder, str(model), folder.name)
+    if not list(folder.glob("*.safetensors")):
+        folder = _fetch(str(model), revision, [*_SMALL, f"{Path(PICKLE).stem}*.bin"], quiet)
+    return _read_folder(folder, str(model), folder.name, quiet)
+
+
+def _read_folder(folder: Path, name: str, revision: str | None, quiet: bool) -> Checkpoint:
+    _refuse_adapter(name, {path.name for path in folder.iterdir()})
+    if pickles := pickles_in(folder):
+        folder = convert_pickles(folder, pickles, quiet=quiet)
+    return read_checkpoint(folder, name, revision)
+
+
+def _refuse_adapter(name: str, present: Collection[str]) -> None:
+    if ADAPTER in present:
+        raise ShortcutError(
+            f"{name} is a PEFT adapter: merge it into its base first (merge_and_unload, then save_pretrained)"
+        )
 
 
 def embedded_model() -> str:
@@ -71,14 +82,20 @@ def _offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _open_remote(model: str, revision: str | None) -> Checkpoint:
-    """Read the headers of a Hub model by range requests, but for files that are in the Hub cache already."""
+def _open_remote(model: str, revision: str | None) -> Checkpoint | None:
+    """Read the headers of a Hub model by range requests, but for files that are in the Hub cache already.
+
+    None where it has only weights of another form, which are of no use in parts.
+    """
     import huggingface_hub
     from huggingface_hub.constants import HF_HOME
 
     with _hub_errors(model, revision):
         info = huggingface_hub.HfApi().model_info(model, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    _refuse_adapter(model, sizes)
+    if {PICKLE, PICKLE_INDEX} & sizes.keys() and not {SINGLE, INDEX} & sizes.keys():
+        return None
     folder = _fetch(model, info.sha, _SMALL, quiet=True)
     home = Path(HF_HOME) / "shortcut" / "remote" / model.replace("/", "--") / str(info.sha)
     paths, mirrors = [], []
@@ -123,38 +140,3 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
     except (errors.HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200] + way_out
     raise ShortcutError(f"cannot get {model} from the Hub: {reason}")
-
-
-def _convert_gguf(path: Path, quiet: bool) -> Path:
-    """Dequantise a GGUF file into a bfloat16 checkpoint in the user's cache, once for this file as it is now."""
-    from huggingface_hub.constants import HF_HOME
-
-    state = path.stat()
-    key = hashlib.sha256(f"{path} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = Path(HF_HOME) / "shortcut" / f"{path.stem}-{key}"
-    if (folder / RECORD).exists():
-        return folder
-    try:
-        import gguf  # noqa: F401  (transformers reads GGUF through it)
-        import torch
-        import transformers
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    except ImportError:
-        raise ShortcutError('reading GGUF needs the gguf package: pip install "shortcut[gguf]"') from None
-    say(f"converting {path.name} to {folder}", quiet=quiet)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    where = {"gguf_file": path.name, "local_files_only": True}
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own, over a second or two
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **where
-            )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-    except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
-        raise ShortcutError(f"transformers cannot read {path}: {' '.join(str(error).split())[:200]}") from None
-    with staged(folder) as partial:
-        model.to(torch.bfloat16).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / RECORD).write_text(json.dumps({"shortcut": 1, "converted_from": path.name}) + "\n")
-    return folder

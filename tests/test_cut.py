@@ -1,6 +1,7 @@
 """Cutting files gives the model whose blocks are bypassed, for every family, in one file and in many."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -16,10 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import shortcut
 from shortcut.errors import ShortcutError
+from shortcut.live import load_model
 from shortcut.records.plan import Plan
 from shortcut.surgery.checkpoint import read_checkpoint
 from shortcut.surgery.config import PLAIN
-from tests.conftest import DEPTH, FAMILIES
+from shortcut.surgery.preview import preview
+from tests.conftest import DEPTH, FAMILIES, VOCABULARY
 from tests.reference import bypassed, greedy, logits
 
 CASES = ["1,3", "0,4", "6", "0-2", "1-5"]
@@ -200,7 +204,6 @@ def test_side_files_come_along(llama: Path, tmp_path: Path) -> None:
         ({"model_type": "diffllama"}, "cannot delete blocks of diffllama: its attention scales depend"),
         ({"num_hidden_layers": 9}, r"cannot tell where the 9 blocks are .* model.layers.0-6"),
         ({"num_hidden_layers": None}, "names no number of blocks"),
-        ({"quantization_config": {"ignore": ["model.layers.3.mlp"]}}, r"names single blocks \(model.layers.3.mlp\)"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True depends on the block"),
     ],
 )
@@ -240,16 +243,6 @@ def test_a_damaged_base_is_refused(checkpoint_of: Callable[..., Path], tmp_path:
         assert not (tmp_path / "short").exists()
 
 
-def test_metadata_of_single_tensors_is_refused(llama: Path, tmp_path: Path) -> None:
-    """Files whose free-form metadata speak of tensors by name are not cut: the names would be wrong."""
-    folder = shutil.copytree(llama, tmp_path / "base")
-    metadata = {"format": "pt", "model.layers.0.mlp.up_proj.weight": "{}"}
-    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata=metadata)
-    with pytest.raises(ShortcutError, match="describe single tensors in their metadata"):
-        shortcut.cut(folder, tmp_path / "short", drop="1", quiet=True)
-    assert not (tmp_path / "short").exists()
-
-
 def test_heads_behind_the_last_block_go_and_are_named(llama: Path, tmp_path: Path) -> None:
     """Blocks that predict further tokens, in the container or beside it, go when blocks go, and the report says so."""
     folder = shutil.copytree(llama, tmp_path / "base")
@@ -264,3 +257,83 @@ def test_heads_behind_the_last_block_go_and_are_named(llama: Path, tmp_path: Pat
     assert not set(load_file(tmp_path / "short" / "model.safetensors")) & set(extra)
     assert json.loads((tmp_path / "short" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     load(tmp_path / "short")
+
+
+STYLES = {
+    "llava of today": {},
+    "llava of 2025": {r"^language_model\.model\.": "model.language_model.", r"^language_model\.lm_": "lm_"}
+    | {r"^(vision_tower|multi_modal_projector)": r"model.\1"},
+    "gpt2 without its prefix": {r"^transformer\.": ""},
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_names_of_other_releases_are_cut_too(
+    style: str, tmp_path: Path, token_ids: torch.Tensor, checkpoint_of: Callable[..., Path]
+) -> None:
+    """Checkpoints on the Hub carry the names of the release that wrote them; transformers still loads the result.
+
+    The shortened text decoder is as deep as the vision tower, and is not taken for it.
+    """
+    base = tmp_path / "base"
+    if style.startswith("llava"):
+        llama = transformers.AutoConfig.for_model("llama", **FAMILIES["llama"])
+        tower = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 2, "image_size": 28}
+        vision = transformers.CLIPVisionConfig(num_hidden_layers=DEPTH - 4, patch_size=14, **tower)
+        config = transformers.LlavaConfig(text_config=llama, vision_config=vision, image_token_index=VOCABULARY - 1)
+        transformers.LlavaForConditionalGeneration(config).save_pretrained(base)
+    else:
+        shutil.copytree(checkpoint_of("gpt2"), base)
+    tensors = load_file(base / "model.safetensors")
+    for old, new in STYLES[style].items():
+        tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+    report = shortcut.cut(base, tmp_path / "short", drop="0,2,4-5", quiet=True)
+    whole, short = load_model(base), load_model(tmp_path / "short")
+    with torch.no_grad(), preview(whole, report.plan):
+        torch.testing.assert_close(short(token_ids).logits, whole(token_ids).logits, rtol=0, atol=0)
+
+
+def test_code_of_its_own_is_copied_and_run_only_on_request(
+    llama: Path, tmp_path: Path, token_ids: torch.Tensor
+) -> None:
+    """Without --trust-remote-code nothing of it runs and nothing is written; with it, the guard and the result do."""
+    base, proof = shutil.copytree(llama, tmp_path / "base"), tmp_path / "proof"
+    (base / "modeling_own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(proof)!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((base / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": classes}
+    config["transformers_version"] = "4.50.0"  # so that the config class is asked for what it derives
+    (base / "config.json").write_text(json.dumps(config))
+
+    out = tmp_path / "short"
+    for options in ({}, {"no_guard": True}):
+        with pytest.raises(ShortcutError, match="comes with code of its own|is for families that were proven"):
+            shortcut.cut(base, out, drop="1", quiet=True, **options)
+    assert not proof.exists()
+    assert not out.exists()
+    assert shortcut.inspect(base).refusal is None
+    assert not proof.exists()
+
+    shortcut.cut(base, out, drop="1", quiet=True, trust_remote_code=True)
+    assert proof.exists()
+    assert (out / "modeling_own.py").read_bytes() == (base / "modeling_own.py").read_bytes()
+    torch.testing.assert_close(
+        load_model(out, trust_remote_code=True)(token_ids).logits,
+        load_model(cut_plainly(llama, tmp_path))(token_ids).logits,
+        rtol=0,
+        atol=0,
+    )
+
+
+def cut_plainly(llama: Path, tmp_path: Path) -> Path:
+    """The same cut of the same weights without code of their own."""
+    shortcut.cut(llama, tmp_path / "plain", drop="1", quiet=True)
+    return tmp_path / "plain"

@@ -10,11 +10,13 @@ from typing import Any
 from shortcut.anatomy import Anatomy, find_anatomy
 from shortcut.errors import ShortcutError
 from shortcut.records.plan import Base
+from shortcut.surgery.config import check_family
 from shortcut.surgery.remote import Mirror
 from shortcut.surgery.tensors import Tensor, TensorFile, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_NESTING = 64  # levels of objects and lists in a JSON file; real ones have fewer than ten
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,12 @@ class Checkpoint:
 
     @cached_property
     def anatomy(self) -> Anatomy:
-        return find_anatomy(self.tensors, self.config)
+        """Where its blocks are. Raises ShortcutError where that cannot be told."""
+        try:
+            return find_anatomy(self.tensors, self.config)
+        except ShortcutError:
+            check_family(self.config)  # knows more of families whose blocks are no plain list
+            raise
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -90,7 +97,7 @@ def weight_files(folder: Path, present: Collection[str]) -> list[str]:
         weights = (".safetensors", ".bin", ".gguf", ".pth")
         found = ", ".join(sorted(name for name in present if name.endswith(weights))) or "none"
         raise ShortcutError(f"no {SINGLE} or {INDEX} in {folder}; its weight files are: {found}")
-    names = sorted(set(_weight_map(folder).values()))
+    names = sorted(set(read_weight_map(folder / INDEX).values()))
     if astray := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
         raise ShortcutError(f"{folder / INDEX} names {astray[0]!r}, which is no safetensors file of its own folder")
     return names
@@ -103,15 +110,16 @@ def check_index(folder: Path, files: Sequence[TensorFile]) -> None:
         raise ShortcutError(f"the shards in {folder} hold a tensor twice")
     if [file.path.name for file in files] == [SINGLE]:
         return
-    index = _weight_map(folder)
+    index = read_weight_map(folder / INDEX)
     if wrong := sorted(name for name in index.keys() | found.keys() if index.get(name) != found.get(name)):
         raise ShortcutError(f"{folder / INDEX} and the shards disagree about {wrong[0]!r} and {len(wrong) - 1} more")
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    index = read_json(folder / INDEX).get("weight_map")
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Tensor names and the files that hold them, from the index of a sharded checkpoint."""
+    index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-        raise ShortcutError(f"{folder / INDEX} is damaged: it has no weight_map of tensor names to file names")
+        raise ShortcutError(f"{path} is damaged: it has no weight_map of tensor names to file names")
     return index
 
 
@@ -125,4 +133,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ShortcutError(f"cannot read {path}: {error}") from None
     if not isinstance(data, dict):
         raise ShortcutError(f"{path} does not hold a JSON object")
+    level: list[Any] = [data]
+    for _ in range(MAX_NESTING):
+        level = [part for item in level for part in (item.values() if isinstance(item, dict) else item)]
+        level = [part for part in level if isinstance(part, dict | list)]
+    if level:
+        raise ShortcutError(f"{path} is damaged: it is nested more than {MAX_NESTING} levels deep")
     return data

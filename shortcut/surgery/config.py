@@ -7,8 +7,8 @@ through their own config class first and get the explicit list.
 
 import copy
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from shortcut.anatomy import EXTRA_HEADS, Anatomy, text_config
@@ -72,20 +72,7 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     for field, harmless in UNSOLVED.items():
         if field in text and text[field] not in (harmless, None):
             return f"{text.get('model_type')}: {field} = {text[field]!r} depends on the block number"
-    words = _strings(config.get("quantization_config"))
-    numbered = (word for word in words if re.search(r"[a-z_]\\?\.[\[(]?(\\d|\d)", word, re.IGNORECASE))
-    if name := next(numbered, None):
-        return f"{text.get('model_type')}: its quantization_config names single blocks ({name})"
     return None
-
-
-def _strings(data: Any) -> Iterator[str]:
-    """Every text in nested plain data, keys included."""
-    if isinstance(data, str):
-        yield data
-    elif isinstance(data, list | dict):
-        for part in [*data, *(data.values() if isinstance(data, dict) else ())]:
-            yield from _strings(part)
 
 
 def is_plain(config: Mapping[str, Any]) -> bool:
@@ -93,21 +80,29 @@ def is_plain(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in PLAIN and "auto_map" not in config
 
 
-def cut_config(config: Mapping[str, Any], anatomy: Anatomy, kept: Sequence[int]) -> dict[str, Any]:
+def check_family(config: Mapping[str, Any]) -> None:
+    """Raise ShortcutError for a family whose blocks cannot be deleted exactly, whichever they are."""
+    if reason := refusal(config):
+        raise ShortcutError(f"cannot delete blocks of {reason}")
+
+
+def cut_config(
+    config: Mapping[str, Any], anatomy: Anatomy, kept: Sequence[int], code: Path | None = None
+) -> dict[str, Any]:
     """The content of config.json after all blocks but `kept` are gone.
 
-    kept: ascending block numbers of the base. Raises ShortcutError for a family that cannot be cut exactly.
+    kept: ascending block numbers of the base. code: as for `load_config`. Raises ShortcutError for a family that cannot
+    be cut exactly.
     """
     if len(kept) == anatomy.depth:
         return copy.deepcopy(dict(config))
-    if reason := refusal(config):
-        raise ShortcutError(f"cannot delete blocks of {reason}")
+    check_family(config)
     result = copy.deepcopy(dict(config))
     text = result
     for key in anatomy.config_path:
         text = text[key]
     if _derives_lists(config, anatomy):
-        _write_lists(text, resolve_config(config, anatomy), anatomy.depth)
+        _write_lists(text, resolve_config(config, anatomy, code), anatomy.depth)
     _check_providers(text, kept)
     _solve_periods(text, anatomy.depth, kept)
     for field, value in text.items():
@@ -205,11 +200,11 @@ def _write_lists(text: dict[str, Any], resolved: Mapping[str, Any], depth: int) 
             text.pop(field, None)
 
 
-def resolve_config(config: Mapping[str, Any], anatomy: Anatomy) -> dict[str, Any]:
+def resolve_config(config: Mapping[str, Any], anatomy: Anatomy, code: Path | None) -> dict[str, Any]:
     """What the family's own config class makes of the text config. Imports transformers, but builds no model."""
     from shortcut.live import load_config
 
-    part: dict[str, Any] = load_config(config).to_dict()
+    part: dict[str, Any] = load_config(config, code).to_dict()
     for key in anatomy.config_path:
         part = part[key]
     return part

@@ -19,8 +19,14 @@ from shortcut.errors import ShortcutError
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import FORMAT, Plan
 from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint, read_json
-from shortcut.surgery.config import cut_config, is_plain
+from shortcut.surgery.config import check_family, cut_config, is_plain
 from shortcut.surgery.families import is_proven
+from shortcut.surgery.numbering import (
+    QUANTISATION_FIELDS,
+    QUANTISATION_FILES,
+    renumber_metadata,
+    renumber_settings,
+)
 from shortcut.surgery.remote import bytes_to_fetch, fetch_tensors
 from shortcut.surgery.stage import RECORD, make_durable
 from shortcut.surgery.tensors import Tensor, select, write_file
@@ -32,6 +38,7 @@ _LEFT_BEHIND = re.compile(
     | config\.json | README\.md | plan\.yaml | scores\.(json|png) | shortcut\.json | \..* """
 )
 _EXTRA_HEAD = re.compile(r"(^|\.)mtp[._]")  # multi-token prediction, where it has a container of its own
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 _SKIPPED_FOLDERS = {"original", "onnx", "openvino", "optimizer", "runs", "metal", "coreml"}
 
 
@@ -104,21 +111,33 @@ def report_cut(
     )
 
 
-def check_arithmetic(checkpoint: Checkpoint, plan: Plan, *, no_guard: bool, trust_remote_code: bool) -> None:
-    """Make sure, before anything is written, that the shortened config builds the kept blocks as they were.
+def shorten_config(
+    checkpoint: Checkpoint, plan: Plan, *, no_guard: bool = False, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """The content of the shortened model's config.json, once it is sure to build the kept blocks as they were.
 
     Families whose config says nothing of single blocks need no more than the rules; for others the static guard builds
     both models without weights, which imports torch. Raises ShortcutError for a plan that cannot be exact.
     """
-    config = cut_config(checkpoint.config, checkpoint.anatomy, plan.kept)
-    family = str(checkpoint.config.get("model_type"))
-    if no_guard and not is_proven(family):
+    family, own_code = str(checkpoint.config.get("model_type")), "auto_map" in checkpoint.config
+    if no_guard and (own_code or not is_proven(family)):
         raise ShortcutError(f"--no-guard is for families that were proven exact, and {family} is not one of them")
-    if is_plain(checkpoint.config) or no_guard or not plan.dropped:
-        return
-    from shortcut.surgery.guard import guard
+    if plan.dropped and own_code and not trust_remote_code:
+        check_family(checkpoint.config)
+        raise ShortcutError(f"{checkpoint.name} comes with code of its own: --trust-remote-code lets the guard run it")
+    code = checkpoint.folder if own_code else None
+    config = cut_config(checkpoint.config, checkpoint.anatomy, plan.kept, code)
+    if not plan.dropped:
+        return config
+    for part in (config, *(config[key] for key in checkpoint.anatomy.config_path)):
+        for field in QUANTISATION_FIELDS:
+            if isinstance(part.get(field), dict):
+                part[field] = renumber_settings(part[field], checkpoint.anatomy, plan.kept, checkpoint.tensors)
+    if not is_plain(checkpoint.config) and not no_guard:
+        from shortcut.surgery.guard import guard
 
-    guard(checkpoint, config, plan.kept, trust_remote_code=trust_remote_code)
+        guard(checkpoint, config, plan.kept, code)
+    return config
 
 
 def carry_over(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[str, Tensor]]:
@@ -137,12 +156,21 @@ def carry_over(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[str, Tenso
     for name, tensor in checkpoint.tensors.items():
         where = checkpoint.anatomy.split(name)
         if where is None and not _is_extra_head(checkpoint, name):
-            axis = fused_axis(name)
-            part = tensor if axis is None else select(tensor, axis, plan.base.blocks, plan.kept)
-            staying[name] = (name, part)
+            staying[name] = (name, _kept_parts(checkpoint, plan, tensor))
         elif where is not None and where[0] in numbers:
             staying[name] = (checkpoint.anatomy.join(numbers[where[0]], where[1]), tensor)
     return staying
+
+
+def _kept_parts(checkpoint: Checkpoint, plan: Plan, tensor: Tensor) -> Tensor:
+    """A tensor outside the blocks, without the parts that it holds for dropped ones."""
+    axis = fused_axis(tensor.name)
+    if axis is None:
+        return tensor
+    module = tensor.name.rpartition(".")[0]
+    if tensor.dtype not in _FLOATS or sum(name.startswith(f"{module}.") for name in checkpoint.tensors) > 1:
+        raise ShortcutError(f"cannot cut {module} of {checkpoint.name}: it is quantised and has a part for every block")
+    return select(tensor, axis, plan.base.blocks, plan.kept)
 
 
 def _is_extra_head(checkpoint: Checkpoint, name: str) -> bool:
@@ -153,15 +181,13 @@ def _is_extra_head(checkpoint: Checkpoint, name: str) -> bool:
 def plan_files(checkpoint: Checkpoint, plan: Plan, max_shard_size: int | None = None) -> tuple[OutputFile, ...]:
     """What the weight files of the result will be: the base's sharding, or shards of at most this many bytes."""
     staying = carry_over(checkpoint, plan)
-    if plan.dropped and any(key in checkpoint.tensors for file in checkpoint.files for key in file.metadata):
-        raise ShortcutError(
-            f"the weight files of {checkpoint.name} describe single tensors in their metadata (torchao)"
-        )
     groups = [[staying[t.name] for t in file.tensors if t.name in staying] for file in checkpoint.files]
     metadata = [file.metadata for file in checkpoint.files]
     if max_shard_size is not None:
         groups = _pack([tensor for group in groups for tensor in group], max_shard_size)
-        metadata = [metadata[0]] * len(groups)
+        metadata = [{key: value for file in metadata for key, value in file.items()}] * len(groups)
+    if plan.dropped:
+        metadata = [renumber_metadata(meta, checkpoint.anatomy, plan.kept, checkpoint.tensors) for meta in metadata]
     filled = [(group, meta) for group, meta in zip(groups, metadata, strict=True) if group]
     count = len(filled)
     return tuple(
@@ -189,6 +215,7 @@ def _pack(tensors: list[tuple[str, Tensor]], limit: int) -> list[list[tuple[str,
 def write_checkpoint(
     checkpoint: Checkpoint,
     plan: Plan,
+    config: Mapping[str, Any],
     folder: Path,
     *,
     max_shard_size: int | None = None,
@@ -196,9 +223,8 @@ def write_checkpoint(
 ) -> Checkpoint:
     """Write the shortened checkpoint into an empty folder and read it back, header by header.
 
-    `advance` is told the bytes copied. Raises ShortcutError for a plan of another depth or a family that cannot be cut.
+    config: from `shorten_config`. `advance` is told the bytes copied. Raises ShortcutError for a plan of another depth.
     """
-    config = cut_config(checkpoint.config, checkpoint.anatomy, plan.kept)
     files = plan_files(checkpoint, plan, max_shard_size)
     fetch_tensors(checkpoint.mirrors, (tensor for file in files for _, tensor in file.tensors), advance)
     with ThreadPoolExecutor(1) as background:  # a file goes to the disk while the next one is copied
@@ -209,10 +235,12 @@ def write_checkpoint(
         for job in synced:
             job.result()
     if len(files) > 1:
-        _write_json(folder / INDEX, _index(files))
-    _copy_side_files(checkpoint.folder, folder)
-    _write_json(folder / RECORD, _record(checkpoint, plan))
-    _write_json(folder / "config.json", config)
+        write_json(folder / INDEX, _index(files))
+    copy_side_files(checkpoint.folder, folder)
+    for path in (folder / name for name in QUANTISATION_FILES if plan.dropped and (folder / name).exists()):
+        write_json(path, renumber_settings(read_json(path), checkpoint.anatomy, plan.kept, checkpoint.tensors))
+    write_json(folder / RECORD, _record(checkpoint, plan))
+    write_json(folder / "config.json", config)
     result = read_checkpoint(folder)
     planned = {name: (tensor.dtype, tensor.shape) for file in files for name, tensor in file.tensors}
     if {name: (tensor.dtype, tensor.shape) for name, tensor in result.tensors.items()} != planned:
@@ -237,7 +265,7 @@ def _index(files: tuple[OutputFile, ...]) -> dict[str, object]:
     return {"metadata": totals, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _copy_side_files(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer, processors, templates, remote code, licences: all that is not weights or about the base."""
     for path in sorted(source.rglob("*")):
         inside = path.relative_to(source)
@@ -247,5 +275,6 @@ def _copy_side_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / inside)
 
 
-def _write_json(path: Path, data: object) -> None:
+def write_json(path: Path, data: object) -> None:
+    """Write a JSON file as transformers does: indented, in UTF-8."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

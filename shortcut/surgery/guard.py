@@ -8,13 +8,14 @@ refused.
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from shortcut.anatomy import fused_axis
 from shortcut.errors import ShortcutError
-from shortcut.live import Model, build_empty, find_blocks
+from shortcut.live import Model, blocks_path, build_empty
 from shortcut.surgery.checkpoint import Checkpoint
 
 # Attributes that name the block or the depth and enter no arithmetic (big_bird seeds the random attention of training;
@@ -32,16 +33,15 @@ HARMLESS = {
 }
 
 
-def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int], *, trust_remote_code: bool) -> None:
+def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int], code: Path | None) -> None:
     """Compare the kept blocks of the base with the blocks that the shortened config would build.
 
-    Raises ShortcutError naming the first block, module and attribute that would not be what it was.
+    code: a folder with code of the checkpoint's own, which is run. Raises ShortcutError naming the first block, module
+    and attribute that would not be what it was.
     """
-    code = checkpoint.folder if "auto_map" in checkpoint.config else None
-    if code is not None and not trust_remote_code:
-        raise ShortcutError(f"{checkpoint.name} comes with code of its own: --trust-remote-code lets the guard run it")
     base, short = (build_empty(content, code) for content in (checkpoint.config, config))
-    base_blocks, short_blocks = ([_describe(block) for block in find_blocks(model)] for model in (base, short))
+    blocks = blocks_path(base)
+    base_blocks, short_blocks = ([_describe(block) for block in model.get_submodule(blocks)] for model in (base, short))
     if len(short_blocks) != len(kept):
         raise ShortcutError(f"the shortened config builds {len(short_blocks)} blocks instead of {len(kept)}")
     family = checkpoint.config.get("model_type")
@@ -49,31 +49,32 @@ def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int]
         if difference := _first_difference(base_blocks[old], short_blocks[new]):
             change = f"block {old} would become block {new} with {difference}"
             raise ShortcutError(f"cannot delete these blocks of {family} exactly: {change}")
-    _check_shared(checkpoint, base, kept)
+    _check_shared(checkpoint, base.get_submodule(blocks), kept)
     _check_images(base, kept)
     if _counts_tokens(base) and not _counts_tokens(short):
         raise ShortcutError(f"no block of {family} with attention would be left, and generation counts tokens in one")
     expected = {
         name: _with_parts(name, shape, checkpoint.anatomy.depth, len(kept))
-        for name, shape in _shapes_outside(base).items()
+        for name, shape in _shapes_outside(base, blocks).items()
     }
-    if difference := _first_difference(expected, _shapes_outside(short)):
+    if difference := _first_difference(expected, _shapes_outside(short, blocks)):
         raise ShortcutError(f"cannot delete these blocks of {family} exactly: outside the blocks it has {difference}")
 
 
-def _check_shared(checkpoint: Checkpoint, base: Model, kept: Sequence[int]) -> None:
+def _check_shared(checkpoint: Checkpoint, blocks: nn.Module, kept: Sequence[int]) -> None:
     """Refuse to delete the one block under which weights that several blocks share are stored."""
     members: dict[int, set[tuple[int, str]]] = {}
-    for number, block in enumerate(find_blocks(base)):
+    for number, block in enumerate(blocks.children()):
         for name, parameter in block.named_parameters(remove_duplicate=False):
             members.setdefault(id(parameter), set()).add((number, name))
     for shared in members.values():
         owners = {number for number, name in shared if checkpoint.anatomy.join(number, name) in checkpoint.tensors}
-        users = {number for number, _ in shared} & set(kept)
-        if owners and users and owners.isdisjoint(kept):
-            family = checkpoint.config.get("model_type")
+        sharing = {number for number, _ in shared}
+        users = sharing & set(kept)
+        if len(sharing) > 1 and users and owners.isdisjoint(kept):
+            family, gone = checkpoint.config.get("model_type"), min(owners or sharing)
             fault = f"the weights that it shares with block {min(users)} are stored under it"
-            raise ShortcutError(f"cannot delete block {min(owners)} of {family}: {fault}")
+            raise ShortcutError(f"cannot delete block {gone} of {family}: {fault}")
 
 
 def _check_images(base: Model, kept: Sequence[int]) -> None:
@@ -111,8 +112,8 @@ def _describe(block: nn.Module) -> dict[str, Any]:
     return described
 
 
-def _shapes_outside(model: Model) -> dict[str, tuple[int, ...]]:
-    inside = {id(tensor) for block in find_blocks(model) for tensor in block.state_dict(keep_vars=True).values()}
+def _shapes_outside(model: Model, blocks: str) -> dict[str, tuple[int, ...]]:
+    inside = {id(tensor) for tensor in model.get_submodule(blocks).state_dict(keep_vars=True).values()}
     tensors = model.state_dict(keep_vars=True).items()
     return {name: tuple(tensor.shape) for name, tensor in tensors if id(tensor) not in inside}
 
