@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test quick check lint types fix bench sweep build clean
+.PHONY: demo test quick check lint types fix bench fuzz sweep build clean
 
 demo: $(READY)            ## shorten the embedded model by a fifth and show what it cost
 	$(BIN)/shortcut demo --overwrite
@@ -30,6 +30,9 @@ fix: $(READY)
 
 bench: $(READY)           ## speed and memory, as JSON lines with a rival in the same run
 	$(BIN)/python -m tests.bench
+
+fuzz: $(READY)            ## ten minutes of hostile checkpoints; stops at the first that is not refused or cut rightly
+	$(BIN)/python -m tests.fuzz --seconds 600
 
 sweep: $(READY)           ## cut a tiny model of every family of transformers; rewrites the table of families
 	rm -f .sweep.jsonl

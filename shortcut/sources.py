@@ -8,7 +8,15 @@ from pathlib import Path
 
 from shortcut.conversion import PICKLE, PICKLE_INDEX, convert_gguf, convert_pickles, pickles_in
 from shortcut.errors import ShortcutError
-from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, check_index, read_checkpoint, read_json, weight_files
+from shortcut.surgery.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    check_index,
+    read_checkpoint,
+    read_config,
+    weight_files,
+)
 from shortcut.surgery.remote import Mirror
 from shortcut.surgery.tensors import read_header
 
@@ -108,7 +116,7 @@ def _open_remote(model: str, revision: str | None) -> Checkpoint | None:
         paths.append(Path(cached) if isinstance(cached, str) else home / name)
     files = tuple(map(read_header, paths))
     check_index(folder, files)
-    return Checkpoint(folder, model, info.sha, read_json(folder / "config.json"), files, tuple(mirrors))
+    return Checkpoint(folder, model, info.sha, read_config(folder), files, tuple(mirrors))
 
 
 def _fetch(model: str, revision: str | None, patterns: list[str], quiet: bool) -> Path:

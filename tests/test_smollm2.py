@@ -123,7 +123,7 @@ def test_a_killed_cut_leaves_nothing_that_loads(base: Path, tmp_path: Path) -> N
     out, partial = tmp_path / "short", tmp_path / ".short.partial"
     argv = [sys.executable, "-m", "shortcut", "cut", str(base), str(out), "--drop", "21-29", "--quiet"]
     outcomes = set()
-    for attempt in range(25):
+    for attempt in range(100):
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
         time.sleep(random.Random(attempt).uniform(0.1, 1.0))
         process.kill()

@@ -10,7 +10,7 @@ from typing import Any
 from shortcut.anatomy import Anatomy, find_anatomy
 from shortcut.errors import ShortcutError
 from shortcut.records.plan import Base
-from shortcut.surgery.config import check_family
+from shortcut.surgery.config import check_family, check_fields
 from shortcut.surgery.remote import Mirror
 from shortcut.surgery.tensors import Tensor, TensorFile, read_header
 
@@ -80,10 +80,17 @@ def read_checkpoint(folder: Path, name: str | None = None, revision: str | None 
 
     Raises ShortcutError where the folder holds no safetensors checkpoint, or a damaged one.
     """
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     files = tuple(read_header(folder / file) for file in weight_files(folder, {path.name for path in folder.iterdir()}))
     check_index(folder, files)
     return Checkpoint(folder, name or str(folder), revision, config, files)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config.json of a checkpoint. Raises ShortcutError where it holds what no family's does."""
+    config = read_json(folder / "config.json")
+    check_fields(config)
+    return config
 
 
 def weight_files(folder: Path, present: Collection[str]) -> list[str]:
@@ -126,7 +133,10 @@ def read_weight_map(path: Path) -> dict[str, str]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+        if "\\ud" in text.lower():  # JSON can spell half a character, and UTF-8 cannot
+            json.dumps(data, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise ShortcutError(f"no {path.name} in {path.parent}: not a checkpoint that transformers loads") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -7,7 +7,7 @@ through their own config class first and get the explicit list.
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ PLAIN = {
 
 # Families whose arithmetic depends on the block number in a way that no config field can make good.
 REFUSED = {
+    "blt": "it runs several stacks of blocks, over bytes and over patches",
     "beam": "its residual scales depend on the block number",
     "diffllama": "its attention scales depend on the block number",
     "evolla": "its cross-attention adapters are placed by a period",
@@ -61,6 +62,35 @@ PERIODS = (
 )
 # Fields that bring the block number into the arithmetic when they have another value than the one named.
 UNSOLVED = {"scale_attn_by_inverse_layer_idx": False, "cross_layer_interval": None}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << 31
+
+
+def _are_blocks(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+# What a field has to be for the rules below to mean anything; None always may be.
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "model_type": lambda value: isinstance(value, str),
+    **dict.fromkeys(("num_kv_shared_layers", "decoder_sparse_step"), _is_count),
+    **dict.fromkeys((*PERIODS_WITH_OFFSET, *PERIODS_WITH_OFFSET.values()), _is_count),
+    **dict.fromkeys(("layer_types", "indexer_types"), lambda value: isinstance(value, list)),
+    **dict.fromkeys((*INDEX_SETS, "kv_source_layers"), _are_blocks),
+    **dict.fromkeys(KEYED, lambda value: isinstance(value, dict) and all(map(str.isdecimal, value))),
+    **dict.fromkeys(CYCLES, lambda value: isinstance(value, list | str)),
+    "scale_depth": lambda value: isinstance(value, int | float) and abs(value) < math.inf,
+}
+
+
+def check_fields(config: Mapping[str, Any]) -> None:
+    """Raise ShortcutError for a config with a value that no family has, such as a text for a number."""
+    for part in (config, text_config(config)[1]):
+        for field, fits in _FITS.items():
+            if part.get(field) is not None and not fits(part[field]):
+                raise ShortcutError(f"config.json has {field} = {str(part[field])[:80]!r}: no family has such a value")
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
@@ -123,10 +153,10 @@ def _cut_field(field: str, value: Any, anatomy: Anatomy, kept: Sequence[int]) ->
         return sum(block >= anatomy.depth - number for block in kept)
     if field in EXTRA_HEADS and number:  # they do not fit another stack of blocks
         return 0
-    if field in INDEX_SETS and isinstance(value, list):
+    if field in INDEX_SETS and value:
         first = INDEX_SETS[field]
         return [numbers[block - first] + first for block in value if block - first in numbers]
-    if field in KEYED and isinstance(value, dict):
+    if field in KEYED and value:
         return {str(numbers[int(key)]): entry for key, entry in value.items() if int(key) in numbers}
     if field in CYCLES and value:
         cycled = [value[block % len(value)] for block in kept]
@@ -142,16 +172,15 @@ def _cut_field(field: str, value: Any, anatomy: Anatomy, kept: Sequence[int]) ->
 
 def _check_providers(text: Mapping[str, Any], kept: Sequence[int]) -> None:
     """Refuse to delete a block whose choice of tokens, or whose keys, a later one uses (GLM, Mistral Large)."""
-    if kept[0] in (text.get("cross_attention_layers") or []):  # the cache's length is read from the first block
+    if kept[0] in _list(text, "cross_attention_layers"):  # the cache's length is read from the first block
         raise ShortcutError(f"block {kept[0]} of {text.get('model_type')} attends to images: it cannot come first")
-    types = text.get("indexer_types") or []
     sources: dict[int, int] = {}
-    for block, kind in enumerate(types):
+    for block, kind in enumerate(_list(text, "indexer_types")):
         sources[block] = block if kind == "full" else sources.get(block - 1, block)
-    kinds, shared = text.get("layer_types") or [], text.get("num_kv_shared_layers") or 0
-    own = len(kinds) - shared  # the blocks behind these take keys and values from the last of them of their kind
+    kinds, shared = _list(text, "layer_types"), text.get("num_kv_shared_layers") or 0
+    own = max(0, len(kinds) - shared)  # the blocks behind take keys and values from the last of these of their kind
     borrowed = {b: max((o for o in range(own) if kinds[o] == kinds[b]), default=b) for b in range(own, len(kinds))}
-    for block, source in [*borrowed.items(), *sources.items(), *enumerate(text.get("kv_source_layers") or [])]:
+    for block, source in [*borrowed.items(), *sources.items(), *enumerate(_list(text, "kv_source_layers"))]:
         if block in kept and source not in kept:
             raise ShortcutError(
                 f"cannot delete block {source} of {text.get('model_type')}: block {block} depends on it"
@@ -162,18 +191,23 @@ def _solve_periods(text: dict[str, Any], depth: int, kept: Sequence[int]) -> Non
     """Write periods that say of the kept blocks what the old ones said; where none does, the guard will refuse."""
     step = text.get("decoder_sparse_step")
     if step and step != 1:
-        dense = text.get("mlp_only_layers") or []
+        dense = _list(text, "mlp_only_layers")
         text["mlp_only_layers"] = [block for block in range(depth) if block in dense or (block + 1) % step]
         text["decoder_sparse_step"] = 1
-    for period, offset in PERIODS_WITH_OFFSET.items():
-        if not text.get(period) or offset not in text:
+    for period_field, offset_field in PERIODS_WITH_OFFSET.items():
+        period, offset = text.get(period_field), text.get(offset_field)
+        if not period or offset is None:
             continue
-        wanted = [block % text[period] == text[offset] for block in kept]
+        wanted = [block % period == offset for block in kept]
         for length in range(1, len(kept) + 2):
             fits = [o for o in range(length) if [new % length == o for new in range(len(kept))] == wanted]
             if fits:
-                text[period], text[offset] = length, fits[0]
+                text[period_field], text[offset_field] = length, fits[0]
                 break
+
+
+def _list(text: Mapping[str, Any], field: str) -> list[Any]:
+    return text.get(field) or []
 
 
 def is_per_block(field: str, value: Any, depth: int) -> bool:

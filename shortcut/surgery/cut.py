@@ -251,7 +251,10 @@ def write_checkpoint(
 def _record(checkpoint: Checkpoint, plan: Plan) -> dict[str, object]:
     """How this checkpoint came about: its plan, and before it the plans that made its base, oldest first."""
     before = read_json(checkpoint.folder / RECORD) if (checkpoint.folder / RECORD).exists() else {}
-    lineage = [*before.get("lineage", []), before["plan"]] if "plan" in before else []
+    lineage = before.get("lineage", [])
+    if not isinstance(lineage, list):
+        raise ShortcutError(f"{checkpoint.folder / RECORD} is damaged: its lineage is no list")
+    lineage = [*lineage, before["plan"]] if "plan" in before else []
     return {"shortcut": FORMAT, "version": __version__, "plan": plan.to_dict(), "lineage": lineage}
 
 
