@@ -1,9 +1,10 @@
-"""The whole command `shortcut cut`, start-up and fsync included, against cp and fsync of what it keeps.
+"""The whole command `shortcut cut`, start-up and fsync included, against cp of what it keeps and against other tools.
 
 The kernel counts the memory of a child from the fork on, when it is still this process; so this one stays small, and
 imports neither shortcut nor numpy.
 """
 
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from tests.bench.rounds import compare, emit, say, scratch, take_turns
 
-RUNS = 7
+RUNS, RUNS_OF_SLOW = 7, 3
 DEPTH = 24
 DROP = "6,8,10,12,14,16,18,20,22"  # 9 of 24, no two of them neighbours: the most pieces to copy
 WIDTH, INNER, VOCABULARY = 2048, 6144, 49152
@@ -34,38 +35,90 @@ CONFIG = {
     "vocab_size": VOCABULARY,
     "tie_word_embeddings": False,
 }
-SHARD = 640_000_000  # bytes
+SHARD = 800_000_000  # bytes: four shards
 CHUNK = 1 << 20
 NEEDED = 10_000_000_000  # bytes: the base, what cp copies, and one result
 COPY = 'mkdir "$2" && for file in "$1"/*; do cp "$file" "$2" && sync "$2/${file##*/}" || exit 1; done && sync "$2"'
+SYNC = '"$@" && for file in "$0"/*; do sync "$file" || exit 1; done && sync "$0"'  # $0: what the command writes
+BIN = Path(sys.executable).parent
+MERGEKIT = Path(".mergekit/bin/mergekit-yaml")  # an environment of its own, made by `make bench`
 
 
 def main() -> None:
     if shutil.disk_usage(tempfile.gettempdir()).free < NEEDED:
         sys.exit(f"the benchmark of cut needs {NEEDED / 1e9:.0f} GB in {tempfile.gettempdir()}")
+    if not MERGEKIT.exists():
+        sys.exit(f"no {MERGEKIT}: run `make bench`, which installs this rival")
     with scratch() as folder:
-        base, kept, target = (folder / name for name in ("base", "kept", "target"))
+        base = folder / "base"
         say("writing a random Llama checkpoint")
         size = write_base(base)
-        cut = [str(Path(sys.executable).with_name("shortcut")), "cut", str(base), "--drop", DROP, "--quiet"]
-        run([*cut, str(kept)])  # its result is what the rival copies
-        copied = read_through(kept)
-        read_through(base)
-        peaks: list[float] = []
+        against_cp(base, folder, f"9 of {DEPTH} blocks of {size / 1e9:.2f} GB in four shards")
+        against_tools(base, folder, DEPTH, f"9 of {DEPTH} blocks of {size / 1e9:.2f} GB in four shards", bound=4)
+        shutil.rmtree(base)
+        finder = "from shortcut.sources import *; print(open_model(embedded_model(), quiet=True).folder)"
+        found = subprocess.run([sys.executable, "-c", finder], check=True, capture_output=True, text=True)
+        against_tools(Path(found.stdout.strip()), folder, 30, "9 of 30 blocks of SmolLM2-135M", bound=10)
 
-        def tool() -> float:
-            seconds, peak = run([*cut, str(target)], target)
-            peaks.append(peak)
-            return seconds
 
-        def rival() -> float:
-            return run(["sh", "-c", COPY, "sh", str(kept), str(target)], target)[0]
+def against_cp(base: Path, folder: Path, what: str) -> None:
+    """Time the command against cp and fsync of what it keeps, and measure its memory."""
+    kept, target = folder / "kept", folder / "target"
+    run([*cut_command(base), str(kept)])  # its result is what the rival copies
+    copied = read_through(kept)
+    read_through(base)
+    peaks: list[float] = []
 
-        take_turns(1, tool, rival)  # does not count
-        timings = take_turns(RUNS, tool, rival)
-        what = f"9 of {DEPTH} blocks of {size / 1e9:.2f} GB, {copied / 1e9:.2f} GB kept, whole process"
-        found = {"rival": "cp + fsync", **compare(*timings), "bound": 1.25}
-        emit("cut", what, **found, peak_mb=round(statistics.median(peaks), 1), peak_bound_mb=100)
+    def tool() -> float:
+        seconds, peak = run([*cut_command(base), str(target)], target)
+        peaks.append(peak)
+        return seconds
+
+    def rival() -> float:
+        return run(["sh", "-c", COPY, "sh", str(kept), str(target)], target)[0]
+
+    take_turns(1, tool, rival)  # does not count
+    timings = take_turns(RUNS, tool, rival)
+    found = {"rival": "cp + fsync", **compare(*timings), "bound": 1.15}
+    peak = {"peak_mb": round(statistics.median(peaks), 1), "peak_bound_mb": 60}
+    emit("cut", f"{what}, {copied / 1e9:.2f} GB kept, whole process", **found, **peak)
+    shutil.rmtree(kept)
+
+
+def against_tools(base: Path, folder: Path, depth: int, what: str, *, bound: int) -> None:
+    """Time the command against mergekit and against loading, deleting and saving; first see that all write the same."""
+    outs = [folder / name for name in ("tool", "mergekit", "by-hand")]
+    recipe = folder / "slices.yaml"
+    recipe.write_text(slices(base, depth))
+    copying = ["--copy-tokenizer"] if (base / "tokenizer.json").exists() else ["--no-copy-tokenizer"]
+    by_hand = [sys.executable, "-m", "tests.bench.load_delete_save", str(base), str(outs[2]), DROP]
+    commands = [
+        [*cut_command(base), str(outs[0])],  # syncs by itself
+        ["sh", "-c", SYNC, str(outs[1]), str(MERGEKIT), str(recipe), str(outs[1]), "--quiet", *copying],
+        ["sh", "-c", SYNC, str(outs[2]), *by_hand],
+    ]
+    for command in commands:
+        run(command)
+    subprocess.run([sys.executable, "-m", "tests.bench.same", *map(str, outs)], check=True)
+    for out in outs:
+        shutil.rmtree(out)
+    works = [lambda command=command, out=out: run(command, out)[0] for command, out in zip(commands, outs, strict=True)]
+    tool, *rivals = take_turns(RUNS_OF_SLOW, *works)
+    for name, timings in zip(("mergekit passthrough", "load, delete, save"), rivals, strict=True):
+        found = {"rival": f"{name} + fsync", **compare(tool, timings), "bound": round(1 / bound, 2)}
+        emit("cut", f"{what}, same tensors", **found)
+
+
+def cut_command(base: Path) -> list[str]:
+    return [str(BIN / "shortcut"), "cut", str(base), "--drop", DROP, "--quiet"]
+
+
+def slices(base: Path, depth: int) -> str:
+    """The recipe that tells mergekit to keep what the command keeps."""
+    dropped = [-1, *map(int, DROP.split(",")), depth]
+    spans = [(before + 1, after) for before, after in itertools.pairwise(dropped) if before + 1 < after]
+    sources = "".join(f"- sources: [{{model: {base}, layer_range: [{a}, {b}]}}]\n" for a, b in spans)
+    return f"slices:\n{sources}merge_method: passthrough\ndtype: bfloat16\n"
 
 
 def write_base(folder: Path) -> int:
@@ -138,13 +191,15 @@ def read_through(folder: Path) -> int:
 def run(command: Sequence[str], target: Path | None = None) -> tuple[float, float]:
     """Run a command and remove what it wrote: its seconds, and the peak of its memory in MB."""
     os.sync()  # nobody pays for what was written or removed before
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)  # Popen did not see it end
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} failed")
+    with tempfile.TemporaryFile() as errors:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)  # Popen did not see it end
+        if process.returncode:
+            errors.seek(0)
+            sys.exit(f"{' '.join(command)} failed:\n{errors.read().decode(errors='replace')[-2000:]}")
     if target is not None:
         shutil.rmtree(target)
     return seconds, usage.ru_maxrss * 1024 / 1e6

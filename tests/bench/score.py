@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from shortcut.live import Model, decode, load_model, load_tokenizer
+from shortcut.scoring.blocks import score_blocks
 from shortcut.scoring.calibration import Batch, Source, make_batches, make_calibration
 from shortcut.scoring.metrics import METRICS, angular_distance, block_influence, l2, relative_magnitude, variance
-from shortcut.scoring.walk import score_blocks
 from shortcut.sources import embedded_model, open_model
 from tests.bench.rounds import THREADS, compare, emit, take_turns, timed
 
