@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shortcut.commands import diff as diff
     from shortcut.commands import families as families
     from shortcut.commands import inspect as inspect
+    from shortcut.commands import metrics as metrics
     from shortcut.commands import plan as plan
     from shortcut.commands import score as score
     from shortcut.errors import ShortcutError as ShortcutError
@@ -31,11 +32,14 @@ if TYPE_CHECKING:
     from shortcut.road import demo as demo
     from shortcut.road import prune as prune
     from shortcut.road import run as run
+    from shortcut.scoring.metrics import Metric as Metric
+    from shortcut.scoring.metrics import add_metric as add_metric
     from shortcut.surgery.preview import preview as preview
 
 _HOME = {
-    **dict.fromkeys(("check", "cut", "diff", "families", "inspect", "plan", "score"), "shortcut.commands"),
+    **dict.fromkeys(("check", "cut", "diff", "families", "inspect", "metrics", "plan", "score"), "shortcut.commands"),
     **dict.fromkeys(("demo", "prune", "run"), "shortcut.road"),
+    **dict.fromkeys(("Metric", "add_metric"), "shortcut.scoring.metrics"),
     "Plan": "shortcut.records.plan",
     "Scores": "shortcut.records.scores",
     "ShortcutError": "shortcut.errors",

@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
         road.prune,
         commands.check,
         commands.diff,
+        commands.metrics,
         commands.families,
         road.run,
         road.demo,

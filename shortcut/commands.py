@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortcut.choose.rules import Select, parse_protect, parse_ratio, pick_count, pick_ratio, removals
 from shortcut.errors import ShortcutError
-from shortcut.progress import byte_bar, say, track
+from shortcut.progress import byte_bar, say
 from shortcut.records.blocks import parse_blocks
 from shortcut.records.plan import Plan, format_plan, read_plan
 from shortcut.records.scores import Scores, format_scores, read_scores
@@ -24,6 +24,7 @@ from shortcut.text import parse_size
 
 if TYPE_CHECKING:
     from shortcut.checking.verify import CheckReport
+    from shortcut.scoring.metrics import MetricList
 
 
 def inspect(model: str | Path, *, revision: str | None = None, quiet: bool = False) -> Inspection:
@@ -56,13 +57,14 @@ def score(
 ) -> Scores:
     """Score every block of a model on some text: higher is more important.
 
-    All metrics come from one walk through the blocks, at the cost of about one forward pass. Metrics of spans (angular,
-    angular-all) score every span of every length; the table shows single blocks, --out and --plot all.
+    Metrics of what goes into blocks and comes out share one walk through them, at the cost of about one forward pass;
+    `shortcut metrics` says what others cost. Metrics of spans (angular, angular-all) score every span of every length;
+    the table shows single blocks, --out and --plot all.
     """
     from shortcut.live import load_model, load_tokenizer, pick_device, pick_dtype
+    from shortcut.scoring.blocks import score_blocks
     from shortcut.scoring.calibration import Source, make_batches, make_calibration
     from shortcut.scoring.metrics import pick_metrics
-    from shortcut.scoring.walk import score_blocks
 
     metrics = pick_metrics(metric)
     pick_dtype(dtype, pick_device(device))
@@ -78,7 +80,7 @@ def score(
         base=checkpoint.base,
         parameters=checkpoint.parameters,
         block_parameters=checkpoint.block_parameters,
-        metrics=score_blocks(live, track(batches, "scoring", quiet=quiet), metrics),
+        metrics=score_blocks(live, batches, metrics, quiet=quiet),
         calibration=calibration.record(),
         settings={
             "device": str(live.device),
@@ -235,6 +237,13 @@ def check(
         trust_remote_code=trust_remote_code,
         quiet=quiet,
     )
+
+
+def metrics(*, quiet: bool = False) -> "MetricList":  # noqa: ARG001  (every command can be told to be quiet)
+    """List the metrics: formula, what they need, what they cost, and where they come from."""
+    from shortcut.scoring.metrics import METRICS, MetricList
+
+    return MetricList(tuple(METRICS.values()))
 
 
 def families(*, quiet: bool = False) -> Families:  # noqa: ARG001  (every command can be told to be quiet)

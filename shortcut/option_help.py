@@ -7,7 +7,7 @@ OPTION_HELP = {
     "checkpoint": "the folder to check",
     "recipe": "a YAML file: the options of one command, by name",
     "revision": "branch, tag or commit of a Hub model",
-    "metric": "one or more of block-influence, relative-magnitude, l2, variance, angular, angular-all, with commas",
+    "metric": "one or more of what `shortcut metrics` lists, with commas",
     "data": "text: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a Hub id (org/name or org/name:subset), "
     '"default" (embedded prose) or "heldout" (other embedded prose)',
     "heldout": "text for the perplexity before and after, as for --data",

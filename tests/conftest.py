@@ -50,6 +50,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"},
     # Products grouped by expert want rows of whole 16 bytes.
     "mixtral": {**_LLAMA, "intermediate_size": 52, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        **_LLAMA,
+        "head_dim": 14,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [2],
+    },
 }
 
 

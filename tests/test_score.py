@@ -10,14 +10,16 @@ import torch
 import shortcut
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
+from shortcut.scoring.blocks import score_blocks
 from shortcut.scoring.calibration import Batch, Calibration, Source, make_batches
 from shortcut.scoring.metrics import METRICS, block_influence, cosine, pairwise_cosines
-from shortcut.scoring.walk import score_blocks, walk
+from shortcut.scoring.walk import Decoder, walk
 from tests.conftest import DEPTH, FAMILIES, VOCABULARY
 from tests.reference import angle, mean_over_tokens, states_around_blocks
 from tests.reference import cosine as plain_cosine
 
 ALL = list(METRICS.values())
+BEFORE_AND_AFTER = [metric for metric in ALL if metric.needs in ("states", "spans")]
 PER_TOKEN = {
     "block-influence": lambda x, y: 1 - plain_cosine(x, y),
     "relative-magnitude": lambda x, y: ((y - x).norm() / y.norm()).item(),
@@ -34,11 +36,11 @@ def sequences_of(*lengths: int) -> Calibration:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_metric_equals_a_plain_loop(family: str, checkpoint_of: Callable[..., Path]) -> None:
+def test_metrics_of_states_equal_plain_loops(family: str, checkpoint_of: Callable[..., Path]) -> None:
     """All metrics, all blocks and all spans: the last block too, whose output is taken before the final norm."""
     model = load_model(checkpoint_of(family))
     calibration = sequences_of(13, 7, 11)
-    scores = score_blocks(model, make_batches(calibration, 2), ALL)
+    scores = score_blocks(model, make_batches(calibration, 2), BEFORE_AND_AFTER)
     states = [[state[0] for state in states_around_blocks(model, torch.tensor([row]))] for row in calibration.sequences]
     for name, rule in PER_TOKEN.items():
         expected = [mean_over_tokens(states, block, rule) for block in range(DEPTH)]
@@ -90,7 +92,7 @@ def test_the_walk_costs_one_pass(llama: Path) -> None:
     for number, block in enumerate(model.model.layers):
         block.mlp.register_forward_hook(lambda _, args, __, number=number: calls.append((number, args[0].shape[1])))
     with torch.inference_mode():
-        list(walk(model, make_batches(sequences_of(9, 9), 2)[0]))
+        list(walk(Decoder.of(model), make_batches(sequences_of(9, 9), 2)[0]))
     assert [number for number, tokens in calls if tokens == 9] == list(range(DEPTH))
     assert [tokens for _, tokens in calls if tokens != 9] == [1] * DEPTH
 
@@ -112,7 +114,7 @@ def test_low_precision_does_not_change_the_arithmetic(llama: Path) -> None:
     model = load_model(llama, dtype="bfloat16")
     (batch,) = make_batches(sequences_of(9, 9), 2)
     with torch.inference_mode():
-        steps = [(step.before.float(), step.after.float()) for step in walk(model, batch)]
+        steps = [(step.before.float(), step.after.float()) for step in walk(Decoder.of(model), batch)]
     expected = tuple((1 - torch.cosine_similarity(x, y, -1)).double().mean().item() for x, y in steps)
     assert steps[0][0].dtype == torch.float32
     torch.testing.assert_close(score_blocks(model, [batch], [METRICS["block-influence"]])["block-influence"], expected)

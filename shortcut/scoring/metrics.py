@@ -1,36 +1,55 @@
-"""The metrics, each a pure function of the hidden states before and after a block or span, with its name and source.
+"""The metrics, each a pure function with its name, its source and what it needs.
 
-Every function works token by token and knows nothing of padding: it is given real tokens only. Arithmetic is float32
-whatever the model's type: in float16 squared norms overflow (token norms reach 100,000) and small angles are lost.
-Higher is always more important.
+Every function works token by token, or weight by weight, and knows nothing of padding: it is given real tokens only.
+Arithmetic is float32 whatever the model's type: in float16 squared norms overflow (token norms reach 100,000) and small
+angles are lost. Higher is always more important.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from shortcut.errors import ShortcutError
+from shortcut.text import format_table
+
+Needs = Literal["states", "spans", "logits", "gradients", "weights"]
+# What a need costs, in passes of a batch through one of L blocks.
+COSTS: dict[Needs, str] = {
+    "states": "L",
+    "spans": "L",
+    "logits": "L (L + 1) / 2",
+    "gradients": "2 L, and L backwards",
+    "weights": "0",
+}
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A rule that says how much a block changes what passes through it.
+    """A rule that says how important a block is, or a span of blocks.
 
-    spans False: measure(before, after), both (tokens, width), gives (tokens,), and every block has one score.
-    spans True: measure(cosines), of any shape, gives that shape, and every span of every length has a score.
-    tokens: whether the mean runs over all tokens, or over the last one of every sequence.
+    measure, by `needs`; vectors are float32, and every result is summed over what was measured, in float64:
+        states     (before, after), both (tokens, width) -> (tokens,): what a block does to the stream
+        spans      (cosines,) of any shape -> that shape: what a span of any length does to it
+        logits     (base, ablated, targets): log probabilities of the next token with and without a block, both
+                   (tokens, vocabulary), and the tokens that came next, (tokens,) -> (tokens,)
+        gradients  (weight, gradient) of any shape -> that shape; the loss is the mean over all next tokens
+        weights    (weight,) of any shape -> that shape
+    tokens: whether the mean runs over all tokens, the last one of every sequence, or all that another one follows.
+    finish: turns the mean, or for gradients and weights the sum, into the score.
     """
 
     name: str
     measure: Callable[..., Tensor]
-    spans: bool
-    tokens: Literal["all", "last"]
+    needs: Needs
+    tokens: Literal["all", "last", "followed"]
     formula: str
     source: str
+    finish: Callable[[float], float] = float
 
 
 def cosine(before: Tensor, after: Tensor) -> Tensor:
@@ -87,18 +106,82 @@ def angular_distance(cosines: Tensor) -> Tensor:
     return torch.arccos(cosines.clamp(-1, 1)) / math.pi
 
 
-_SHORTGPT, _DEEPER, _SHORTX = "arXiv:2403.03853", "arXiv:2403.17887", "github.com/icip-cas/ShortX"
+def kl(base: Tensor, ablated: Tensor, _: Tensor) -> Tensor:
+    """How far the prediction without the block is from the base's: KL(base ‖ ablated), in nats (ShortV's formula)."""
+    return (base.exp() * (base - ablated)).sum(-1)
+
+
+def kl_reverse(base: Tensor, ablated: Tensor, _: Tensor) -> Tensor:
+    """The divergence the other way round: KL(ablated ‖ base), in nats (as ShortV's code computes it)."""
+    return (ablated.exp() * (ablated - base)).sum(-1)
+
+
+def next_token_loss(_: Tensor, ablated: Tensor, targets: Tensor) -> Tensor:
+    """Negative log likelihood of the token that came next, without the block, in nats."""
+    return -ablated.gather(-1, targets[:, None])[:, 0]
+
+
+def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
+    """First-order change of the loss when a weight becomes zero: |weight x gradient| (Shortened LLaMA)."""
+    return (weight * gradient).abs()
+
+
+_SHORTGPT, _DEEPER, _SHORTV = "arXiv:2403.03853", "arXiv:2403.17887", "arXiv:2504.00502"
+_SHORTENED, _SHORTX = "arXiv:2402.02834", "github.com/icip-cas/ShortX"
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("block-influence", block_influence, False, "all", "1 - cos(x, y)", _SHORTGPT),
-        Metric("relative-magnitude", relative_magnitude, False, "all", "‖y - x‖ / ‖y‖", _SHORTGPT),
-        Metric("l2", l2, False, "all", "‖y - x‖", _SHORTX),
-        Metric("variance", variance, False, "all", "|Var y - Var x|", _SHORTX),
-        Metric("angular", angular_distance, True, "last", "arccos(cos(x, y)) / pi, last token", _DEEPER),
-        Metric("angular-all", angular_distance, True, "all", "arccos(cos(x, y)) / pi, all tokens", _DEEPER),
+        Metric("block-influence", block_influence, "states", "all", "1 - cos(x, y)", _SHORTGPT),
+        Metric("relative-magnitude", relative_magnitude, "states", "all", "‖y - x‖ / ‖y‖", _SHORTGPT),
+        Metric("l2", l2, "states", "all", "‖y - x‖", _SHORTX),
+        Metric("variance", variance, "states", "all", "|Var y - Var x|", _SHORTX),
+        Metric("angular", angular_distance, "spans", "last", "arccos(cos(x, y)) / π", _DEEPER),
+        Metric("angular-all", angular_distance, "spans", "all", "arccos(cos(x, y)) / π", _DEEPER),
+        Metric("kl", kl, "logits", "last", "KL(P ‖ P without it)", _SHORTV),
+        Metric("kl-all", kl, "logits", "all", "KL(P ‖ P without it)", _SHORTV),
+        Metric("kl-reverse", kl_reverse, "logits", "last", "KL(P without it ‖ P)", _SHORTV),
+        Metric("kl-reverse-all", kl_reverse, "logits", "all", "KL(P without it ‖ P)", _SHORTV),
+        Metric("perplexity", next_token_loss, "logits", "followed", "perplexity without it", _SHORTENED, math.exp),
+        Metric("taylor", saliency, "gradients", "followed", "Σ |w dLoss/dw| over its weights", _SHORTENED),
+        Metric("magnitude", torch.abs, "weights", "all", "Σ |w| over its weights", _SHORTENED),
     )
 }
+
+
+@dataclass(frozen=True)
+class MetricList:
+    """All metrics, for people and programs."""
+
+    metrics: tuple[Metric, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for --json."""
+        return {m.name: dict(zip(_COLUMNS[1:], _describe(m)[1:], strict=True)) for m in self.metrics}
+
+    def __str__(self) -> str:
+        table = format_table(_COLUMNS, [_describe(metric) for metric in self.metrics], left=len(_COLUMNS))
+        legend = (
+            "x goes into a block and y comes out, of L blocks; P predicts the next token. Higher is more important."
+        )
+        return f"{table}\n\n{legend}"
+
+
+_COLUMNS = ["metric", "formula", "mean over", "needs", "block passes", "source"]
+
+
+def _describe(metric: Metric) -> list[str]:
+    tokens = {"all": "tokens", "last": "last tokens", "followed": "next tokens"}[metric.tokens]
+    mean = "-" if metric.needs in ("gradients", "weights") else tokens
+    return [metric.name, metric.formula, mean, metric.needs, COSTS[metric.needs], metric.source]
+
+
+def add_metric(metric: Metric) -> None:
+    """Make a metric known to every command. Raises ShortcutError for a name that is taken, or no plain word."""
+    if metric.name in METRICS:
+        raise ShortcutError(f"there is a metric {metric.name!r} already")
+    if not re.fullmatch(r"[\w-]+", metric.name):
+        raise ShortcutError(f"{metric.name!r} is no name of a metric: use letters, digits and hyphens")
+    METRICS[metric.name] = metric
 
 
 def pick_metrics(names: str) -> list[Metric]:

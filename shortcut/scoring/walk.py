@@ -1,12 +1,16 @@
-"""The walk: one pass through the blocks that gives the hidden states around each of them.
+"""The walk: one pass through the blocks that gives the hidden states around each of them, with and without it.
 
 Once per batch, the decoder is run with every block replaced by a recorder, which notes what the block is called with
 and returns its input at once. The blocks are then called one after the other, so that whoever walks sees the states
 before and after each block, at the cost of one forward pass without the vocabulary projection. The states after the
 last block are its own output, not the model's, which have gone through the final norm.
+
+A block is taken out by not calling it: its ablation is a stream of states that starts with what the block was given,
+and goes on through the blocks behind it. All L ablations cost L (L - 1) / 2 passes beyond the L of the walk itself, as
+nothing in front of a missing block is computed twice; streams go through a block several at a time, as one batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +19,11 @@ from torch import Tensor, nn
 
 from shortcut.errors import ShortcutError
 from shortcut.live import Model, decode, find_blocks, forwards_replaced, hidden_input, hidden_output, output_forms
-from shortcut.records.scores import Triangle
 from shortcut.scoring.calibration import Batch
-from shortcut.scoring.metrics import Metric, pairwise_cosines
 
-TOKENS_AT_ONCE = 64  # for pairwise cosines: the stack of their states fits a processor's cache
+TOKENS_PER_CALL = 4096  # of several streams together: more is no faster, and attention needs memory for all of them
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -31,100 +35,97 @@ class Step:
     after: Tensor
 
 
-def walk(model: Model, batch: Batch) -> Iterator[Step]:
-    """Yield every block's step in order, for one batch of tokens on the model's device."""
-    blocks = find_blocks(model)
-    calls = _record_calls(model, blocks, batch)
-    hidden = hidden_input(*calls[0])
-    for number, (block, call) in enumerate(zip(blocks, calls, strict=True)):
-        args, kwargs = _with_hidden(call, hidden)
-        after = hidden_output(block(*args, **kwargs))
+@dataclass(frozen=True)
+class Decoder:
+    """A live model taken apart: its blocks, and how each wraps the hidden states that it returns."""
+
+    model: Model
+    blocks: nn.ModuleList
+    forms: tuple[Callable[[Tensor], Any], ...]
+
+    @classmethod
+    def of(cls, model: Model) -> "Decoder":
+        """Take a model apart. Raises ShortcutError where its blocks cannot be told."""
+        return cls(model, find_blocks(model), tuple(output_forms(model)))
+
+    def calls(self, batch: Batch) -> list[Call]:
+        """What every block is called with in a forward pass of this batch; the blocks themselves do not run."""
+        noted: dict[int, Call] = {}
+
+        def recorder(number: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                noted[number] = (args, kwargs)
+                return self.forms[number](hidden_input(args, kwargs))
+
+            return forward
+
+        # A full mask is left out: attention then takes its fastest path, as it does for text without padding.
+        mask = None if batch.mask.all() else batch.mask.long()
+        with forwards_replaced({block: recorder(number) for number, block in enumerate(self.blocks)}):
+            decode(self.model, batch.ids, mask)
+        return [noted[number] for number in range(len(self.blocks))]
+
+    def run(self, number: int, hidden: Tensor, call: Call) -> Tensor:
+        """The states after a block, called as it was in a forward pass but for the states before it."""
+        args, kwargs = call
+        if args:
+            return hidden_output(self.blocks[number](hidden, *args[1:], **kwargs))
+        return hidden_output(self.blocks[number](**{**kwargs, "hidden_states": hidden}))
+
+    def predict(self, states: Tensor) -> Tensor:
+        """Log probabilities of the next token after the states of the last block: (n, width) -> (n, vocabulary).
+
+        The model's own way from there on, final norm, vocabulary projection and all, in float32.
+        """
+
+        def stand_in(number: int) -> Callable[..., Any]:
+            return lambda *_, **__: self.forms[number](states[:, None])
+
+        ids = torch.zeros(len(states), 1, dtype=torch.long, device=self.model.device)
+        with forwards_replaced({block: stand_in(number) for number, block in enumerate(self.blocks)}):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        return torch.log_softmax(logits[:, 0].float(), dim=-1)
+
+
+def walk(decoder: Decoder, batch: Batch, ablated: dict[int, Tensor] | None = None) -> Iterator[Step]:
+    """Yield every block's step in order, for one batch of tokens on the model's device.
+
+    ablated: an empty dict, which at the end holds for every block the states behind the last block without it.
+    """
+    room = max(1, TOKENS_PER_CALL // batch.ids.numel())
+    calls = {1: decoder.calls(batch)}
+    hidden = hidden_input(*calls[1][0])
+    for number in range(len(decoder.blocks)):
+        after = decoder.run(number, hidden, calls[1][number])
+        if ablated is not None:
+            for group in _groups(list(ablated), room):
+                copies = len(group)
+                if copies not in calls:
+                    calls[copies] = decoder.calls(Batch(batch.ids.repeat(copies, 1), batch.mask.repeat(copies, 1)))
+                streams = torch.cat([ablated[block] for block in group])
+                behind = decoder.run(number, streams, calls[copies][number]).chunk(copies)
+                ablated.update(zip(group, behind, strict=True))
+            ablated[number] = hidden
         yield Step(number, hidden, after)
         hidden = after
 
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+def _groups(items: list[int], size: int) -> list[list[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _record_calls(model: Model, blocks: nn.ModuleList, batch: Batch) -> list[Call]:
-    """What every block is called with in a forward pass of this batch; the blocks themselves do not run."""
-    forms = output_forms(model)
-    calls: dict[int, Call] = {}
+def check_walk(decoder: Decoder, batch: Batch) -> None:
+    """Make sure, on a few tokens, that walking through this model's blocks gives what the model itself gives.
 
-    def recorder(number: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            calls[number] = (args, kwargs)
-            return forms[number](hidden_input(args, kwargs))
-
-        return forward
-
-    # A full mask is left out: attention then takes its fastest path, as it does for text without padding.
-    mask = None if batch.mask.all() else batch.mask.long()
-    with forwards_replaced({block: recorder(number) for number, block in enumerate(blocks)}):
-        decode(model, batch.ids, mask)
-    return [calls[number] for number in range(len(blocks))]
-
-
-def _with_hidden(call: Call, hidden: Tensor) -> Call:
-    args, kwargs = call
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-
-@torch.inference_mode()
-def score_blocks(
-    model: Model, batches: Iterable[Batch], metrics: Sequence[Metric]
-) -> dict[str, tuple[float, ...] | Triangle]:
-    """Score every block, and every span for metrics that know spans, by one walk over the batches.
-
-    Returns per metric (blocks,) or the triangle of `Scores`: means over all real tokens, or over sequences for metrics
-    of the last token, summed in float64. Raises ShortcutError where the model's activations are not finite.
+    Raises ShortcutError where it does not: blocks that hand on more than hidden states cannot be called one by one.
     """
-    depth = len(find_blocks(model))
-    shapes = {metric.name: (depth + 1, depth + 1) if metric.spans else (depth,) for metric in metrics}
-    sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    counts = {"all": 0, "last": 0}
-    for batch in batches:
-        counts["all"] += int(batch.mask.sum())
-        counts["last"] += len(batch.mask)
-        _add_batch(model, batch, metrics, sums)
-    scores: dict[str, tuple[float, ...] | Triangle] = {}
-    for metric in metrics:
-        mean = sums[metric.name] / counts[metric.tokens]
-        spans = (tuple(mean.diagonal(length).tolist()) for length in range(1, depth + 1))
-        scores[metric.name] = tuple(spans) if metric.spans else tuple(mean.tolist())
-    return scores
-
-
-def _add_batch(model: Model, batch: Batch, metrics: Sequence[Metric], sums: dict[str, Tensor]) -> None:
-    of_spans = [metric for metric in metrics if metric.spans]
-    rows = batch.mask if any(metric.tokens == "all" for metric in of_spans) else _last_token(batch.mask)
-    points: list[Tensor] = []
-    for step in walk(model, batch):
-        before, after = step.before[batch.mask].float(), step.after[batch.mask].float()
-        if not after.sum().isfinite():
-            raise ShortcutError(
-                f"block {step.block} gives NaN or infinity in {step.after.dtype}: use --dtype float32 or bfloat16"
-            )
-        for metric in metrics:
-            if not metric.spans:
-                sums[metric.name][step.block] += metric.measure(before, after).double().sum().cpu()
-        if of_spans:
-            points += [state[rows].float() for state in ([] if points else [step.before]) + [step.after]]
-    if of_spans:
-        _add_spans(points, _last_token(batch.mask)[rows], of_spans, sums)
-
-
-def _add_spans(points: Sequence[Tensor], last: Tensor, metrics: Sequence[Metric], sums: dict[str, Tensor]) -> None:
-    """points: the states between the blocks, each (tokens, width); last: (tokens,), True where a sequence ends."""
-    for start in range(0, len(last), TOKENS_AT_ONCE):
-        chunk = slice(start, start + TOKENS_AT_ONCE)
-        cosines = pairwise_cosines(torch.stack([point[chunk] for point in points], dim=1))
-        for metric in metrics:
-            values = metric.measure(cosines if metric.tokens == "all" else cosines[last[chunk]])
-            sums[metric.name] += values.sum(0).double().cpu()
-
-
-def _last_token(mask: Tensor) -> Tensor:
-    """True on the last unmasked position of every sequence: (batch, tokens)."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    return positions == (positions * mask).amax(1, keepdim=True)
+    ids = batch.ids[:1, : min(8, int(batch.mask[0].sum()))]
+    *_, last = walk(decoder, Batch(ids, torch.ones_like(ids, dtype=torch.bool)))
+    walked = decoder.predict(last.after[0])
+    expected = torch.log_softmax(decoder.model(input_ids=ids, use_cache=False).logits[0].float(), dim=-1)
+    difference = (walked - expected).abs().max().item()
+    if difference > 0.05 * expected.abs().max().item():
+        family = decoder.model.config.model_type
+        raise ShortcutError(
+            f"the blocks of {family} cannot be run one by one: the log probabilities differ by {difference:.3g}"
+        )

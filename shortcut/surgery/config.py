@@ -163,7 +163,7 @@ def _cut_field(field: str, value: Any, anatomy: Anatomy, kept: Sequence[int]) ->
         return "".join(cycled) if isinstance(value, str) else cycled
     if field == "scale_depth" and value:  # minicpm3 divides it by the square root of the depth
         return value * math.sqrt(len(kept) / anatomy.depth)
-    if field == "kv_source_layers" and value:
+    if field == "kv_source_layers" and is_per_block(field, value, anatomy.depth):
         return [numbers[value[block]] for block in kept]
     if is_per_block(field, value, anatomy.depth):
         return [value[block] for block in kept]

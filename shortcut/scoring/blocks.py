@@ -1,0 +1,133 @@
+"""Scores of all blocks, and of all spans, from as few passes through the blocks as the metrics need."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shortcut.errors import ShortcutError
+from shortcut.live import Model
+from shortcut.progress import track
+from shortcut.records.scores import Triangle
+from shortcut.scoring.calibration import Batch
+from shortcut.scoring.gradients import score_weights
+from shortcut.scoring.metrics import Metric, pairwise_cosines
+from shortcut.scoring.walk import Decoder, check_walk, walk
+
+TOKENS_AT_ONCE = 64  # for pairwise cosines: the stack of their states fits a processor's cache
+LOGITS_AT_ONCE = 1 << 24  # log probabilities of one stream in memory: 64 MB
+
+
+def score_blocks(
+    model: Model, batches: Sequence[Batch], metrics: Sequence[Metric], *, quiet: bool = True
+) -> dict[str, tuple[float, ...] | Triangle]:
+    """Score every block, and every span for metrics that know spans.
+
+    Returns per metric (blocks,) or the triangle of `Scores`: means over tokens or sequences, summed in float64. What
+    needs states, spans or logits shares one walk over the batches. Raises ShortcutError where the model's activations
+    are not finite, and where its blocks cannot be run one by one.
+    """
+    decoder = Decoder.of(model)
+    of_weights = [metric for metric in metrics if metric.needs in ("gradients", "weights")]
+    walked = [metric for metric in metrics if metric not in of_weights]
+    found = _score_walked(decoder, batches, walked, quiet=quiet) if walked else {}
+    if of_weights:
+        found |= score_weights(decoder, batches, of_weights, quiet=quiet)
+    return {metric.name: found[metric.name] for metric in metrics}
+
+
+@torch.inference_mode()
+def _score_walked(
+    decoder: Decoder, batches: Sequence[Batch], metrics: Sequence[Metric], *, quiet: bool
+) -> dict[str, tuple[float, ...] | Triangle]:
+    check_walk(decoder, batches[0])
+    depth = len(decoder.blocks)
+    shapes = {metric.name: (depth + 1, depth + 1) if metric.needs == "spans" else (depth,) for metric in metrics}
+    sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    for batch in track(batches, "scoring", quiet=quiet):
+        _add_batch(decoder, batch, metrics, sums)
+    scores: dict[str, tuple[float, ...] | Triangle] = {}
+    for metric in metrics:
+        mean = sums[metric.name] / sum(int(chosen(metric, batch).sum()) for batch in batches)
+        if metric.needs == "spans":
+            scores[metric.name] = tuple(tuple(mean.diagonal(length).tolist()) for length in range(1, depth + 1))
+        else:
+            scores[metric.name] = tuple(map(metric.finish, mean.tolist()))
+    return scores
+
+
+def chosen(metric: Metric, batch: Batch) -> Tensor:
+    """Which tokens a metric's mean runs over: (batch, tokens)."""
+    if metric.tokens == "last":
+        positions = torch.arange(batch.mask.shape[1], device=batch.mask.device)
+        return positions == (positions * batch.mask).amax(1, keepdim=True)
+    if metric.tokens == "followed":
+        return torch.cat([batch.mask[:, 1:], torch.zeros_like(batch.mask[:, :1])], dim=1)
+    return batch.mask
+
+
+def _add_batch(decoder: Decoder, batch: Batch, metrics: Sequence[Metric], sums: dict[str, Tensor]) -> None:
+    of_steps, of_spans, of_logits = (
+        [metric for metric in metrics if metric.needs == needs] for needs in ("states", "spans", "logits")
+    )
+    ablated: dict[int, Tensor] | None = {} if of_logits else None
+    rows = _union(of_spans, batch)
+    points: list[Tensor] = []
+    for step in walk(decoder, batch, ablated):
+        before, after = step.before[batch.mask].float(), step.after[batch.mask].float()
+        _check_finite(after, f"block {step.block}", step.after.dtype)
+        for metric in of_steps:
+            sums[metric.name][step.block] += metric.measure(before, after).double().sum().cpu()
+        if of_spans:
+            points += [state[rows].float() for state in ([] if points else [step.before]) + [step.after]]
+    if of_spans:
+        _add_spans(points, {metric.name: chosen(metric, batch)[rows] for metric in of_spans}, of_spans, sums)
+    if ablated is not None:
+        _add_ablations(decoder, batch, step.after, ablated, of_logits, sums)
+
+
+def _union(metrics: Sequence[Metric], batch: Batch) -> Tensor:
+    """The tokens that any of these metrics looks at: (batch, tokens)."""
+    return torch.stack([torch.zeros_like(batch.mask), *(chosen(metric, batch) for metric in metrics)]).any(0)
+
+
+def _add_spans(
+    points: Sequence[Tensor], counted: dict[str, Tensor], metrics: Sequence[Metric], sums: dict[str, Tensor]
+) -> None:
+    """points: the states between the blocks, each (tokens, width); counted: per metric, which of them: (tokens,)."""
+    for start in range(0, len(points[0]), TOKENS_AT_ONCE):
+        chunk = slice(start, start + TOKENS_AT_ONCE)
+        cosines = pairwise_cosines(torch.stack([point[chunk] for point in points], dim=1))
+        for metric in metrics:
+            values = metric.measure(cosines[counted[metric.name][chunk]])
+            sums[metric.name] += values.sum(0).double().cpu()
+
+
+def _add_ablations(
+    decoder: Decoder,
+    batch: Batch,
+    final: Tensor,
+    ablated: dict[int, Tensor],
+    metrics: Sequence[Metric],
+    sums: dict[str, Tensor],
+) -> None:
+    """final: the states behind the last block, (batch, tokens, width); ablated: the same without each of the blocks."""
+    rows = _union(metrics, batch)
+    targets = batch.ids.roll(-1, dims=1)[rows]
+    counted = {metric.name: chosen(metric, batch)[rows] for metric in metrics}
+    room = max(1, LOGITS_AT_ONCE // decoder.model.get_output_embeddings().weight.shape[0])
+    for start in range(0, len(targets), room):
+        chunk = slice(start, start + room)
+        base = decoder.predict(final[rows][chunk])
+        for block, states in ablated.items():
+            without = decoder.predict(states[rows][chunk])
+            _check_finite(without, f"the model without block {block}", states.dtype)
+            for metric in metrics:
+                which = counted[metric.name][chunk]
+                values = metric.measure(base[which], without[which], targets[chunk][which])
+                sums[metric.name][block] += values.double().sum().cpu()
+
+
+def _check_finite(values: Tensor, what: str, dtype: torch.dtype) -> None:
+    if not values.sum().isfinite():
+        raise ShortcutError(f"{what} gives NaN or infinity in {dtype}: use --dtype float32 or bfloat16")

@@ -1,0 +1,115 @@
+"""Scores from the weights of a block, and from the loss's gradient with respect to them, one block at a time.
+
+The loss is the mean over all next tokens of the calibration set. A walk keeps the states in front of every block; from
+the last block to the first, each is then run once more with a graph, so that only the weights of one block have
+gradients at any time.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from shortcut.errors import ShortcutError
+from shortcut.progress import track
+from shortcut.scoring.calibration import Batch
+from shortcut.scoring.metrics import Metric
+from shortcut.scoring.walk import Call, Decoder, check_walk, walk
+
+ROWS_AT_ONCE = 256  # whose logits, and their gradients, are in memory together
+
+
+def score_weights(
+    decoder: Decoder, batches: Sequence[Batch], metrics: Sequence[Metric], *, quiet: bool = True
+) -> dict[str, tuple[float, ...]]:
+    """Score every block by metrics of weights and gradients: sums over all its weights, in float64.
+
+    Raises ShortcutError where the model's blocks cannot be run one by one, and where a gradient is not finite.
+    """
+    sums = {metric.name: [0.0] * len(decoder.blocks) for metric in metrics}
+    of_gradients = [metric for metric in metrics if metric.needs == "gradients"]
+    for metric in (metric for metric in metrics if metric.needs == "weights"):
+        for number, block in enumerate(decoder.blocks):
+            sums[metric.name][number] = sum(_total(metric, weight.detach().float()) for weight in _weights(block))
+    if of_gradients:
+        for number, weights, gradients in _gradients(decoder, batches, quiet=quiet):
+            for metric in of_gradients:
+                pairs = zip(weights, gradients, strict=True)
+                sums[metric.name][number] = sum(_total(metric, weight.detach().float(), grad) for weight, grad in pairs)
+    return {metric.name: tuple(map(metric.finish, sums[metric.name])) for metric in metrics}
+
+
+def _total(metric: Metric, *values: Tensor) -> float:
+    return metric.measure(*values).double().sum().item()
+
+
+def _weights(block: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in block.parameters() if weight.is_floating_point()]
+
+
+def _gradients(
+    decoder: Decoder, batches: Sequence[Batch], *, quiet: bool
+) -> Iterator[tuple[int, list[nn.Parameter], list[Tensor]]]:
+    """Yield every block's number, weights, and the gradients of the loss in float32; from the last to the first."""
+    with torch.no_grad(), _only_asked_for(decoder):
+        check_walk(decoder, batches[0])
+        kept = [[step.before for step in walk(decoder, batch)] for batch in batches]
+        calls = [decoder.calls(batch) for batch in batches]
+        total = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
+        finals = [decoder.run(-1, states[-1], call[-1]) for states, call in zip(kept, calls, strict=True)]
+        upstream = [_loss_gradient(decoder, b, final, total) for b, final in zip(batches, finals, strict=True)]
+        for number in track(range(len(decoder.blocks) - 1, -1, -1), "gradients", quiet=quiet):
+            weights = _weights(decoder.blocks[number])
+            gradients = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+            for place in range(len(batches)):
+                before = kept[place].pop()
+                upstream[place], found = _backward(decoder, number, before, calls[place][number], upstream[place])
+                for gradient, part in zip(gradients, found, strict=True):
+                    if part is not None:  # an expert that no token of this batch went to has none
+                        gradient += part
+            if not all(gradient.sum().isfinite() for gradient in gradients):
+                raise ShortcutError(f"the gradients of block {number} are not finite: use --dtype float32 or bfloat16")
+            yield number, weights, gradients
+
+
+@contextmanager
+def _only_asked_for(decoder: Decoder) -> Iterator[None]:
+    """No weight records a graph but where a gradient is asked for; afterwards all do what they did."""
+    before = [(weight, weight.requires_grad) for weight in decoder.model.parameters()]
+    try:
+        for weight, _ in before:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight, records in before:
+            weight.requires_grad_(records)
+
+
+def _loss_gradient(decoder: Decoder, batch: Batch, final: Tensor, total: int) -> Tensor:
+    """Gradient of the loss with respect to the states behind the last block: (batch, tokens, width)."""
+    gradient = torch.zeros_like(final)
+    all_rows, all_places = batch.mask[:, 1:].nonzero(as_tuple=True)
+    for start in range(0, len(all_rows), ROWS_AT_ONCE):
+        rows, places = all_rows[start : start + ROWS_AT_ONCE], all_places[start : start + ROWS_AT_ONCE]
+        with torch.enable_grad():
+            states = final[rows, places].requires_grad_()
+            loss = -decoder.predict(states).gather(1, batch.ids[rows, places + 1, None]).sum() / total
+            (gradient[rows, places],) = torch.autograd.grad(loss, [states])
+    return gradient
+
+
+def _backward(
+    decoder: Decoder, number: int, before: Tensor, call: Call, upstream: Tensor
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """The gradients of a block's input and weights, given that of its output."""
+    weights = _weights(decoder.blocks[number])
+    with torch.enable_grad():
+        for weight in weights:
+            weight.requires_grad_()
+        before = before.detach().requires_grad_()
+        after = decoder.run(number, before, call)
+        own, *gradients = torch.autograd.grad(after, [before, *weights], upstream, allow_unused=True)
+        for weight in weights:
+            weight.requires_grad_(False)
+    return own, gradients

@@ -1,0 +1,129 @@
+"""Metrics that take blocks out, and metrics of weights, equal hooks on the whole model, loops and plain autograd."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shortcut.errors import ShortcutError
+from shortcut.live import load_model
+from shortcut.scoring.blocks import score_blocks
+from shortcut.scoring.calibration import make_batches
+from shortcut.scoring.metrics import METRICS, Metric, add_metric
+from shortcut.scoring.walk import Decoder, check_walk, walk
+from tests.conftest import DEPTH, FAMILIES
+from tests.reference import blocks_of, bypassed, logits
+from tests.test_score import sequences_of
+
+OF_LOGITS = [metric for metric in METRICS.values() if metric.needs == "logits"]
+OF_WEIGHTS = [metric for metric in METRICS.values() if metric.needs in ("gradients", "weights")]
+
+
+def plain_divergence(p: list[float], q: list[float]) -> float:
+    """KL(p ‖ q) of two lists of log probabilities."""
+    return math.fsum(math.exp(x) * (x - y) for x, y in zip(p, q, strict=True))
+
+
+def ablate_plainly(model: Any, rows: list[torch.Tensor]) -> dict[str, list[float]]:
+    """All metrics of logits by a forward pass of the whole model for every sequence and block."""
+
+    def log_probabilities(row: torch.Tensor) -> list[list[float]]:
+        return torch.log_softmax(logits(model, row[None])[0].double(), -1).tolist()
+
+    scores: dict[str, list[float]] = {metric.name: [] for metric in OF_LOGITS}
+    whole = [log_probabilities(row) for row in rows]
+    for block in range(len(blocks_of(model))):
+        with bypassed(model, [block]):
+            without = [log_probabilities(row) for row in rows]
+        pairs = [list(zip(p, q, strict=True)) for p, q in zip(whole, without, strict=True)]
+        for name, swap in (("kl", False), ("kl-reverse", True)):
+            every = [[plain_divergence(*((q, p) if swap else (p, q))) for p, q in pair] for pair in pairs]
+            scores[name].append(math.fsum(values[-1] for values in every) / len(every))
+            together = [value for values in every for value in values]
+            scores[f"{name}-all"].append(math.fsum(together) / len(together))
+        losses = [-q[i][row[i + 1]] for q, row in zip(without, rows, strict=True) for i in range(len(row) - 1)]
+        scores["perplexity"].append(math.exp(math.fsum(losses) / len(losses)))
+    return scores
+
+
+def differentiate_plainly(model: Any, rows: list[torch.Tensor]) -> dict[str, list[float]]:
+    """taylor and magnitude by autograd on the whole model."""
+    total = sum(len(row) - 1 for row in rows)
+    model.zero_grad()
+    for row in rows:
+        output = torch.log_softmax(model(input_ids=row[None], use_cache=False).logits[0, :-1], -1)
+        (-output.gather(1, row[1:, None]).sum() / total).backward()
+    blocks = [list(block.parameters()) for block in blocks_of(model)]
+    taylor = [sum((w * w.grad).abs().sum().item() for w in block if w.grad is not None) for block in blocks]
+    magnitude = [sum(w.abs().sum().item() for w in block) for block in blocks]
+    model.zero_grad()
+    return {"taylor": taylor, "magnitude": magnitude}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ablations_equal_a_hooked_model(family: str, checkpoint_of: Callable[..., Path]) -> None:
+    """Every metric of logits, every block: sequences of several lengths in batches against one pass each."""
+    model = load_model(checkpoint_of(family))
+    calibration = sequences_of(9, 5, 7)
+    scores = score_blocks(model, make_batches(calibration, 2), OF_LOGITS)
+    expected = ablate_plainly(model, [torch.tensor(row) for row in calibration.sequences])
+    for name, values in expected.items():
+        torch.testing.assert_close(scores[name], tuple(values), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_autograd(family: str, checkpoint_of: Callable[..., Path]) -> None:
+    """Block by block with checkpoints in between, as one backward pass through the whole model; no trace is left."""
+    model = load_model(checkpoint_of(family))
+    calibration = sequences_of(9, 5, 7)
+    scores = score_blocks(model, make_batches(calibration, 2), OF_WEIGHTS)
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+    expected = differentiate_plainly(model, [torch.tensor(row) for row in calibration.sequences])
+    for name, values in expected.items():
+        torch.testing.assert_close(scores[name], tuple(values), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("room", [1, 20, 10_000])
+def test_block_passes_are_the_fewest(room: int, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """L (L + 1) / 2 passes of a batch through a block for L ablations, however many streams go through at once."""
+    monkeypatch.setattr("shortcut.scoring.walk.TOKENS_PER_CALL", room)
+    model = load_model(llama)
+    decoder = Decoder.of(model)
+    (batch,) = make_batches(sequences_of(5, 5), 2)
+    passes: list[int] = []
+    for block in decoder.blocks:
+        block.mlp.register_forward_hook(lambda _, args, __: passes.append(len(args[0])))
+    ablated: dict[int, torch.Tensor] = {}
+    with torch.inference_mode():
+        list(walk(decoder, batch, ablated))
+    assert sum(passes) == len(batch.ids) * DEPTH * (DEPTH + 1) // 2
+    assert max(passes) <= max(len(batch.ids), room // 5)
+    assert sorted(ablated) == list(range(DEPTH))
+
+
+def test_a_metric_of_ones_own(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten lines of Python make a metric that every command knows; a name cannot be taken twice."""
+    monkeypatch.setattr("shortcut.scoring.metrics.METRICS", dict(METRICS))
+    own = Metric("l1", lambda x, y: (y - x).abs().sum(-1), "states", "all", "‖y - x‖₁", "this test")
+    add_metric(own)
+    with pytest.raises(ShortcutError, match="there is a metric 'l1' already"):
+        add_metric(own)
+    model = load_model(llama)
+    (batch,) = make_batches(sequences_of(5), 1)
+    scores = score_blocks(model, [batch], [own])["l1"]
+    with torch.inference_mode():
+        steps = list(walk(Decoder.of(model), batch))
+    assert scores == pytest.approx([(step.after - step.before).abs().sum(-1).mean().item() for step in steps])
+
+
+def test_models_that_cannot_be_walked_are_refused(llama: Path) -> None:
+    """Where the parts do not make up the whole, scores would be wrong: the walk is compared with the model first."""
+    model = load_model(llama)
+    (batch,) = make_batches(sequences_of(9), 1)
+    check_walk(Decoder.of(model), batch)
+    model.model.norm.register_forward_hook(lambda _, args, output: output * (1 + 9 * (args[0].shape[1] > 1)))
+    with pytest.raises(ShortcutError, match="the blocks of llama cannot be run one by one"):
+        check_walk(Decoder.of(model), batch)
