@@ -15,7 +15,7 @@ from shortcut.scoring.metrics import Metric, pairwise_cosines
 from shortcut.scoring.walk import Decoder, check_walk, walk
 
 TOKENS_AT_ONCE = 64  # for pairwise cosines: the stack of their states fits a processor's cache
-LOGITS_AT_ONCE = 1 << 24  # log probabilities of one stream in memory: 64 MB
+LOGITS_AT_ONCE = 1 << 22  # log probabilities of one stream in memory: 16 MB; more is slower on a CPU
 
 
 def score_blocks(

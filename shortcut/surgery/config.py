@@ -81,7 +81,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys((*INDEX_SETS, "kv_source_layers"), _are_blocks),
     **dict.fromkeys(KEYED, lambda value: isinstance(value, dict) and all(map(str.isdecimal, value))),
     **dict.fromkeys(CYCLES, lambda value: isinstance(value, list | str)),
-    "scale_depth": lambda value: isinstance(value, int | float) and abs(value) < math.inf,
+    "scale_depth": lambda value: isinstance(value, int | float) and abs(value) < 1 << 31,
 }
 
 
