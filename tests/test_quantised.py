@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
@@ -19,7 +20,9 @@ from shortcut.surgery.checkpoint import read_checkpoint
 from shortcut.surgery.compare import compare_tensors
 from shortcut.surgery.numbering import renumber_metadata, renumber_settings
 from shortcut.surgery.preview import preview
+from shortcut.surgery.tensors import read_chunks
 from tests.conftest import make_model, make_tokenizer
+from tests.fuzz.__main__ import CONFIG, write_shards
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 DROPPED = [1, 4]  # 0, 2, 3, 5, 6 stay, so that 3 becomes 2 and 5 becomes 3
@@ -207,3 +210,28 @@ def test_settings_beside_the_config_follow_too(llama: Path, tmp_path: Path) -> N
     assert json.loads((short / "quantize_config.json").read_text()) == {
         "modules_to_not_convert": ["model.layers.2.mlp", "lm_head"]
     }
+
+
+def test_packed_weights_of_other_methods_follow_their_modules(tmp_path: Path) -> None:
+    """GPTQ's tensors, in four shards: packed integers, scales and group numbers stay together, as do the settings."""
+    base, short = tmp_path / "base", tmp_path / "short"
+    parts = {"qweight": np.int32, "qzeros": np.int32, "scales": np.float16, "g_idx": np.int32}
+    tensors: dict[str, np.ndarray[Any, Any]] = {"model.embed_tokens.weight": np.ones((7, 4), np.float16)}
+    for block in range(5):
+        for part, dtype in parts.items():
+            tensors[f"model.layers.{block}.mlp.up_proj.{part}"] = np.full((2, 3), block, dtype)
+    write_shards(base, tensors, 4)
+    dynamic = {r"-:.*\.3\.mlp\..*": {}, r"+:.*\.4\.mlp\..*": {"bits": 8}}
+    settings = {"quant_method": "gptq", "bits": 4, "dynamic": dynamic}
+    (base / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": settings}))
+    (base / "quantize_config.json").write_text(json.dumps(settings))
+
+    shortcut.cut(base, short, drop="1-2", quiet=True)
+    result = read_checkpoint(short)
+    expected = {"-:model.layers.1.mlp.up_proj$": {}, "+:model.layers.2.mlp.up_proj$": {"bits": 8}}
+    assert result.config["quantization_config"]["dynamic"] == expected
+    assert json.loads((short / "quantize_config.json").read_text())["dynamic"] == expected
+    for new, old in enumerate([0, 3, 4]):
+        for part, dtype in parts.items():
+            tensor = result.tensors[f"model.layers.{new}.mlp.up_proj.{part}"]
+            assert b"".join(read_chunks(tensor)) == np.full((2, 3), old, dtype).tobytes()

@@ -76,7 +76,7 @@ class CutReport:
         return {**vars(self), "plan": self.plan.to_dict()}
 
     def __str__(self) -> str:
-        plan, heads = self.plan, self.heads_dropped
+        plan, heads, fetched = self.plan, self.heads_dropped, format_size(self.bytes_to_fetch)
         verb = "wrote" if self.written else "would write"
         return "\n".join(
             [
@@ -87,7 +87,7 @@ class CutReport:
                 f"bytes {format_size(self.bytes_before)} -> {format_size(self.bytes_after)}",
                 *(f"{format_size(size):>9}  {name}" for name, size in self.files),
                 *([f"dropped too: {len(heads)} tensors that predict further tokens"] if heads else []),
-                *([f"from the Hub: {format_size(self.bytes_to_fetch)}"] if self.bytes_to_fetch else []),
+                *([f"from the Hub: {fetched} of {format_size(self.bytes_before)}"] if self.bytes_to_fetch else []),
             ]
         )
 

@@ -27,6 +27,7 @@ from shortcut.surgery.compare import compare_tensors
 
 SECONDS, MEGABYTES = 2.0, 300
 DEPTH = 5
+CONFIG = {"model_type": "llama", "num_hidden_layers": DEPTH, "layer_types": ["full_attention"] * DEPTH}
 DEEP: Any = "deep"  # stands for JSON nested deeper than any parser likes
 VALUES: list[Any] = [
     *(
@@ -100,21 +101,26 @@ def peak_megabytes() -> float:
 
 def make_base(folder: Path) -> None:
     """A checkpoint of five blocks in three shards, written without torch."""
-    folder.mkdir()
-    tensors = {"model.embed_tokens.weight": np.ones((7, 4), np.float32), "model.norm.weight": np.ones(4, np.float16)}
+    tensors: dict[str, Any] = {"model.embed_tokens.weight": np.ones((7, 4), np.float32)}
+    tensors["model.norm.weight"] = np.ones(4, np.float16)
     for block in range(DEPTH):
         tensors[f"model.layers.{block}.mlp.up_proj.weight"] = np.full((3, 4), block, np.float32)
         tensors[f"model.layers.{block}.input_layernorm.weight"] = np.full(4, block, np.float16)
+    write_shards(folder, tensors, 3)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "shortcut.json").write_text(json.dumps({"shortcut": 1, "plan": {}, "lineage": []}))
+
+
+def write_shards(folder: Path, tensors: dict[str, Any], count: int) -> None:
+    """Write tensors in turn into this many weight files, with an index."""
+    folder.mkdir()
     names = sorted(tensors)
-    weight_map = {name: f"model-{place % 3 + 1:05d}-of-00003.safetensors" for place, name in enumerate(names)}
+    weight_map = {n: f"model-{place % count + 1:05d}-of-{count:05d}.safetensors" for place, n in enumerate(names)}
     for file in set(weight_map.values()):
         part = {name: tensors[name] for name in names if weight_map[name] == file}
         save_file(part, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {"model_type": "llama", "num_hidden_layers": DEPTH, "layer_types": ["full_attention"] * DEPTH}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "shortcut.json").write_text(json.dumps({"shortcut": 1, "plan": {}, "lineage": []}))
 
 
 def spoil(folder: Path, rng: random.Random) -> None:
