@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from shortcut.commands import check as check
     from shortcut.commands import cut as cut
     from shortcut.commands import diff as diff
     from shortcut.commands import families as families
     from shortcut.commands import inspect as inspect
-    from shortcut.commands import metrics as metrics
     from shortcut.commands import plan as plan
-    from shortcut.commands import score as score
     from shortcut.errors import ShortcutError as ShortcutError
+    from shortcut.measure import check as check
+    from shortcut.measure import metrics as metrics
+    from shortcut.measure import score as score
+    from shortcut.measure import sweep as sweep
     from shortcut.records.plan import Plan as Plan
     from shortcut.records.scores import Scores as Scores
     from shortcut.road import demo as demo
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from shortcut.surgery.preview import preview as preview
 
 _HOME = {
-    **dict.fromkeys(("check", "cut", "diff", "families", "inspect", "metrics", "plan", "score"), "shortcut.commands"),
+    **dict.fromkeys(("cut", "diff", "families", "inspect", "plan"), "shortcut.commands"),
+    **dict.fromkeys(("check", "metrics", "score", "sweep"), "shortcut.measure"),
     **dict.fromkeys(("demo", "prune", "run"), "shortcut.road"),
     **dict.fromkeys(("Metric", "add_metric"), "shortcut.scoring.metrics"),
     "Plan": "shortcut.records.plan",

@@ -23,7 +23,7 @@ from typing import Any, NoReturn, get_args
 
 import fire
 
-from shortcut import __version__, commands, road
+from shortcut import __version__, commands, measure, road
 from shortcut.arguments import Option, UsageError, bind, options_of
 from shortcut.errors import ShortcutError
 from shortcut.option_help import OPTION_HELP
@@ -33,13 +33,14 @@ COMMANDS: dict[str, Command] = {
     command.__name__: command
     for command in (
         commands.inspect,
-        commands.score,
+        measure.score,
         commands.plan,
         commands.cut,
         road.prune,
-        commands.check,
+        measure.check,
+        measure.sweep,
         commands.diff,
-        commands.metrics,
+        measure.metrics,
         commands.families,
         road.run,
         road.demo,

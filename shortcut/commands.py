@@ -1,30 +1,25 @@
-"""The verbs: each is a function here and a command of the same name and options on the command line.
+"""The verbs that work on files: each is a function here and a command of the same name and options on the command line.
 
-Every result prints as the command prints it, and `to_dict()` gives it as plain data. Options are described once, in
-`option_help.py`. All raise ShortcutError for what the user can mend.
+Those that run a model are in `measure.py`. Every result prints as the command prints it, and `to_dict()` gives it as
+plain data. Options are described once, in `option_help.py`. All raise ShortcutError for what the user can mend.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shortcut.choose.rules import Select, parse_protect, parse_ratio, pick_count, pick_ratio, removals
 from shortcut.errors import ShortcutError
-from shortcut.progress import byte_bar, say
+from shortcut.progress import byte_bar
 from shortcut.records.blocks import parse_blocks
 from shortcut.records.plan import Plan, format_plan, read_plan
-from shortcut.records.scores import Scores, format_scores, read_scores
+from shortcut.records.scores import Scores, read_scores
 from shortcut.sources import open_model
-from shortcut.surgery.checkpoint import read_checkpoint, read_json
 from shortcut.surgery.compare import Difference, compare_checkpoints, compare_tensors
 from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
 from shortcut.surgery.families import Families, read_families
 from shortcut.surgery.inspection import Inspection, inspect_checkpoint
-from shortcut.surgery.stage import RECORD, check_target, staged, write_text
+from shortcut.surgery.stage import check_target, staged, write_text
 from shortcut.text import parse_size
-
-if TYPE_CHECKING:
-    from shortcut.checking.verify import CheckReport
-    from shortcut.scoring.metrics import MetricList
 
 
 def inspect(model: str | Path, *, revision: str | None = None, quiet: bool = False) -> Inspection:
@@ -33,68 +28,6 @@ def inspect(model: str | Path, *, revision: str | None = None, quiet: bool = Fal
     Reads headers and config only; of a model on the Hub nothing else is fetched.
     """
     return inspect_checkpoint(open_model(model, revision, weights=False, quiet=quiet))
-
-
-def score(
-    model: str | Path,
-    *,
-    metric: str = "block-influence,angular",
-    data: str = "default",
-    split: str = "train",
-    column: str | None = None,
-    samples: int = 16,
-    length: int = 512,
-    by_document: bool = False,
-    seed: int = 0,
-    batch_size: int = 4,
-    device: str = "auto",
-    dtype: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    out: Path | None = None,
-    plot: Path | None = None,
-    quiet: bool = False,
-) -> Scores:
-    """Score every block of a model on some text: higher is more important.
-
-    Metrics of what goes into blocks and comes out share one walk through them, at the cost of about one forward pass;
-    `shortcut metrics` says what others cost. Metrics of spans (angular, angular-all) score every span of every length;
-    the table shows single blocks, --out and --plot all.
-    """
-    from shortcut.live import load_model, load_tokenizer, pick_device, pick_dtype
-    from shortcut.scoring.blocks import score_blocks
-    from shortcut.scoring.calibration import Source, make_batches, make_calibration
-    from shortcut.scoring.metrics import pick_metrics
-
-    metrics = pick_metrics(metric)
-    pick_dtype(dtype, pick_device(device))
-    checkpoint = open_model(model, revision, quiet=quiet)
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    calibration = make_calibration(
-        tokenizer, Source(data, split, column), samples=samples, length=length, seed=seed, by_document=by_document
-    )
-    say(f"scoring {checkpoint.base.blocks} blocks of {checkpoint.name} on {calibration.tokens} tokens", quiet=quiet)
-    live = load_model(checkpoint.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    batches = make_batches(calibration, batch_size, live.device)
-    scores = Scores(
-        base=checkpoint.base,
-        parameters=checkpoint.parameters,
-        block_parameters=checkpoint.block_parameters,
-        metrics=score_blocks(live, batches, metrics, quiet=quiet),
-        calibration=calibration.record(),
-        settings={
-            "device": str(live.device),
-            "dtype": str(live.dtype).removeprefix("torch."),
-            "batch_size": batch_size,
-        },
-    )
-    if out is not None:
-        write_text(out, format_scores(scores))
-    if plot is not None:
-        from shortcut.publish.plots import draw_scores
-
-        draw_scores(scores, plot)
-    return scores
 
 
 def plan(
@@ -106,6 +39,7 @@ def plan(
     select: Select = "lowest",
     metric: str | None = None,
     protect: str = "none",
+    candidates: str = "all",
     revision: str | None = None,
     out: Path | None = None,
     quiet: bool = False,
@@ -129,12 +63,12 @@ def plan(
         blocks = parse_blocks(drop, base.blocks)
     else:
         known = scores if isinstance(scores, Scores) else None
-        choices = removals(select, base.blocks, parse_protect(protect, base.blocks), known, metric or "")
+        choices = removals(select, base.blocks, parse_protect(protect, base.blocks, candidates), known, metric or "")
         if count is not None:
             blocks = pick_count(choices, count, base.blocks)
         else:
             blocks = pick_ratio(choices, parse_ratio(str(ratio)), parameters, block_parameters)
-        why = {"select": select, "protect": protect}
+        why = {"select": select, "protect": protect, "candidates": candidates}
         if known is not None and select != "deepest":
             why |= {"metric": metric, "calibration": dict(known.calibration), "settings": dict(known.settings)}
     chosen = Plan.dropping(base, blocks, why)
@@ -185,67 +119,6 @@ def cut(
     return report
 
 
-def check(
-    checkpoint: str | Path,
-    *,
-    base: str | None = None,
-    revision: str | None = None,
-    data: str = "heldout",
-    split: str = "train",
-    column: str | None = None,
-    samples: int = 16,
-    length: int = 512,
-    by_document: bool = False,
-    seed: int = 0,
-    batch_size: int = 4,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    quiet: bool = False,
-) -> "CheckReport":
-    """Verify a shortened checkpoint against its base, and measure the perplexity of both.
-
-    It has to load with plain from_pretrained without a missing or unexpected key, its tensors have to be the base's
-    byte for byte, and its logits those of the base with the dropped blocks bypassed. Fails at the first thing that is
-    not so. A checkpoint that shortcut did not write is only loaded and measured.
-    """
-    from shortcut.checking.verify import check_checkpoint
-    from shortcut.live import load_tokenizer
-    from shortcut.scoring.calibration import Source, make_calibration
-
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        raise ShortcutError(f"no folder {folder}")
-    short = read_checkpoint(folder)
-    carried_out = read_record(folder)
-    if carried_out is None and base is not None:
-        raise ShortcutError(f"{folder} has no record ({RECORD}) of what was dropped from {base}")
-    original = None
-    if carried_out is not None:
-        original = open_model(base or carried_out.base.model, revision or carried_out.base.revision, quiet=quiet)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    heldout = make_calibration(
-        tokenizer, Source(data, split, column), samples=samples, length=length, seed=seed, by_document=by_document
-    )
-    return check_checkpoint(
-        short,
-        (original, carried_out) if original is not None and carried_out is not None else None,
-        heldout,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        quiet=quiet,
-    )
-
-
-def metrics(*, quiet: bool = False) -> "MetricList":  # noqa: ARG001  (every command can be told to be quiet)
-    """List the metrics: formula, what they need, what they cost, and where they come from."""
-    from shortcut.scoring.metrics import METRICS, MetricList
-
-    return MetricList(tuple(METRICS.values()))
-
-
 def families(*, quiet: bool = False) -> Families:  # noqa: ARG001  (every command can be told to be quiet)
     """List all families of transformers, and whether their blocks can be deleted exactly.
 
@@ -261,11 +134,3 @@ def diff(one: str | Path, other: str | Path, *, revision: str | None = None, qui
     --revision is that of the first.
     """
     return compare_checkpoints(open_model(one, revision, quiet=quiet), open_model(other, quiet=quiet))
-
-
-def read_record(folder: Path) -> Plan | None:
-    """The plan that a checkpoint says it was made by; None where shortcut did not cut it."""
-    if not (folder / RECORD).exists():
-        return None
-    record = read_json(folder / RECORD)
-    return Plan.from_dict(record["plan"], str(folder / RECORD)) if "plan" in record else None

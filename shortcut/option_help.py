@@ -22,10 +22,14 @@ OPTION_HELP = {
     "dtype": "auto, float32, bfloat16 or float16; auto is float32 on a CPU and the checkpoint's own type on a GPU",
     "trust_remote_code": "run the modeling code that comes with the model",
     "plot": "draw the scores into this PNG file",
-    "count": "how many blocks go",
+    "count": "how many blocks go; for sweep a list of such numbers",
     "ratio": "as many blocks go as hold at least this share of all parameters, such as 25%",
     "drop": 'the blocks that go, by number, counted from 0: "21-29,31"',
-    "select": "which blocks go: the ones that score lowest, the span that scores lowest, or the deepest but one",
+    "select": "which blocks go: those that score lowest, the span that scores lowest, the deepest but the last, or the "
+    "lowest one by one with the rest scored again each time; where several are tried, with commas, auto being all but "
+    "greedy",
+    "greedy": "how many blocks to leave out one by one, by the first metric, scoring the rest again each time",
+    "candidates": 'blocks that may go: "4-27", or all',
     "protect": 'blocks that must stay: "0-3,30-31", or plus for the first four and the last two',
     "plan": "a plan.yaml of `shortcut plan`",
     "dry_run": "say what would be written, and write nothing",

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from shortcut import commands
+from shortcut import commands, measure
 from shortcut.arguments import UsageError, bind, options_of
-from shortcut.choose.rules import Select
+from shortcut.choose.rules import parse_rules
 from shortcut.errors import ShortcutError
 from shortcut.progress import byte_bar, say
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import format_plan
 from shortcut.records.scores import Scores, format_scores
+from shortcut.selection import Request, select_plan
 from shortcut.sources import embedded_model, open_model
 from shortcut.surgery.config import check_family
 from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
@@ -24,6 +25,7 @@ from shortcut.text import format_count, format_size, format_table, parse_size
 if TYPE_CHECKING:
     from shortcut.checking.speed import Speed
     from shortcut.checking.verify import CheckReport
+    from shortcut.choose.trials import Trials
 
 
 HELDOUT_SAMPLES, HELDOUT_LENGTH = 16, 512  # sequences, and their tokens at most, when the result is checked
@@ -33,19 +35,21 @@ SPEED_RUNS = 5
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune` did: scores (None where none were needed), the cut, the check."""
+    """What `prune` did: scores (None where none were needed), plans tried where there were several, cut and check."""
 
     scores: Scores | None
+    trials: "Trials | None"
     cut: CutReport
     check: "CheckReport"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for --json."""
         scores = None if self.scores is None else self.scores.to_dict()
-        return {"scores": scores, "cut": self.cut.to_dict(), "check": self.check.to_dict()}
+        trials = None if self.trials is None else self.trials.to_dict()
+        return {"scores": scores, "trials": trials, "cut": self.cut.to_dict(), "check": self.check.to_dict()}
 
     def __str__(self) -> str:
-        parts = [] if self.scores is None else [str(self.scores), ""]
+        parts = [text for part in (self.scores, self.trials) if part is not None for text in (str(part), "")]
         return "\n".join([*parts, str(self.cut), "", str(self.check)])
 
 
@@ -56,9 +60,10 @@ def prune(
     count: int | None = None,
     ratio: str | None = None,
     drop: str | None = None,
-    select: Select = "lowest",
+    select: str = "lowest",
     metric: str = "block-influence",
     protect: str = "none",
+    candidates: str = "all",
     data: str = "default",
     split: str = "train",
     column: str | None = None,
@@ -78,44 +83,44 @@ def prune(
 ) -> PruneReport:
     """Score, plan, cut and check in one go, and leave plan, scores, record and model card in OUT.
 
-    Say how many blocks go with --count or --ratio, or which with --drop. OUT is there only if the check passed.
+    Say how many blocks go with --count or --ratio, or which with --drop. With several rules (--select lowest,span or
+    auto), each chooses by every metric, every plan is tried on text set aside from --data, a quarter beyond --samples,
+    and the one with the lowest perplexity is carried out. OUT is there only if the check passed.
     """
     from shortcut.checking.verify import check_checkpoint
-    from shortcut.live import load_tokenizer
-    from shortcut.scoring.calibration import Source, make_calibration
+    from shortcut.live import pick_device, pick_dtype
+    from shortcut.scoring.metrics import pick_metrics
 
-    base, target = open_model(model, revision, quiet=quiet), Path(out)
+    base, target, source = open_model(model, revision, quiet=quiet), Path(out), (data, split, column)
+    request = Request(count, ratio, drop, parse_rules(select), pick_metrics(metric), protect, candidates)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
-    amount: dict[str, Any] = {"count": count, "ratio": ratio, "drop": drop}
-    rule: dict[str, Any] = {"select": select, "protect": protect, "metric": metric.split(",")[0]}
-    text: dict[str, Any] = {"split": split, "column": column, "length": length, "seed": seed}
-    loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    loading |= {"batch_size": batch_size, "quiet": quiet}
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    loading, text = {"device": device, "dtype": dtype, **trust}, {"length": length, "seed": seed, **trust}
 
     # What is wrong with the request is said before the long work, not after it.
     check_target(target, overwrite=overwrite, base=base.folder)
     check_family(base.config)
-    zeros = {rule["metric"]: (0.0,) * base.base.blocks}
-    blank = Scores(base.base, base.parameters, base.block_parameters, zeros, {}, {})
-    report_cut(base, commands.plan(blank, **amount, **rule), target, limit, written=False)
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=trust_remote_code)
-    unseen = make_calibration(
-        tokenizer, Source(heldout, split, column), samples=HELDOUT_SAMPLES, length=min(length, HELDOUT_LENGTH)
+    pick_dtype(dtype, pick_device(device))
+    for plan in request.foresee(base):
+        report_cut(base, plan, target, limit, written=False)
+    unseen = measure.take_text(
+        base, (heldout, split, column), HELDOUT_SAMPLES, **{**text, "length": min(length, HELDOUT_LENGTH), "seed": 0}
     )
 
-    scores = None
-    if drop is None and select != "deepest":
-        text |= {"data": data, "samples": samples, "by_document": by_document, "revision": revision}
-        scores = commands.score(model, metric=metric, **text, **loading)
-    plan = commands.plan(scores or blank, **amount, **rule)
+    text["by_document"] = by_document
+    plan, scores, trials = select_plan(
+        base, request, source, samples, batch_size, text=text, loading=loading, quiet=quiet
+    )
     cut = report_cut(base, plan, target, limit, written=True)
-    config = shorten_config(base, plan, trust_remote_code=trust_remote_code)
+    config = shorten_config(base, plan, **trust)
     with staged(target, overwrite=overwrite, base=base.folder, size=cut.bytes_after) as folder:
         with byte_bar(cut.bytes_after, "writing", quiet=quiet) as advance:
             short = write_checkpoint(base, plan, config, folder, max_shard_size=limit, advance=advance)
         say("checking: keys, tensors, logits, perplexity before and after", quiet=quiet)
-        checked = check_checkpoint(replace(short, name=str(out)), (base, plan), unseen, **loading)
-        report = PruneReport(scores, cut, checked)
+        checked = check_checkpoint(
+            replace(short, name=str(out)), (base, plan), unseen, batch_size=batch_size, quiet=quiet, **loading
+        )
+        report = PruneReport(scores, trials, cut, checked)
         _describe(folder, report)
     return report
 
@@ -146,7 +151,7 @@ def run(recipe: Path, *, quiet: bool = False) -> Any:
         raise ShortcutError(f"cannot read the recipe {recipe}: {' '.join(str(error).split())}") from None
     runnable = {
         command.__name__: command
-        for command in (commands.inspect, commands.score, commands.plan, commands.cut, prune, commands.check)
+        for command in (commands.inspect, measure.score, commands.plan, commands.cut, prune, measure.check)
     }
     if not isinstance(content, dict) or content.get("command") not in runnable:
         raise ShortcutError(f"{recipe} needs an entry command: with one of {', '.join(runnable)}")

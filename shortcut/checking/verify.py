@@ -82,12 +82,10 @@ def check_checkpoint(
         original = load_model(base[0].folder, **loading)
         difference = compare_logits(logits, original, base[1], first_tokens(batches))
         before = perplexity(original, track(batches, "perplexity, base", quiet=quiet))
-    bos = "each starting with BOS" if heldout.starts_with_bos else "without BOS"
-    text = f"{heldout.source.data} text, {len(heldout.sequences)} sequences of {heldout.length} tokens, {bos}"
     return CheckReport(
         checkpoint=short.name,
         base=base[0].name if base else None,
-        text=text,
+        text=heldout.described,
         perplexity=after,
         perplexity_base=before,
         bytes_compared=compared,

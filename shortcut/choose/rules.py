@@ -8,7 +8,7 @@ from shortcut.errors import ShortcutError
 from shortcut.records.blocks import parse_blocks
 from shortcut.records.scores import Scores
 
-Select = Literal["lowest", "span", "deepest"]
+Select = Literal["lowest", "span", "deepest", "greedy"]
 
 
 def removals(
@@ -18,7 +18,8 @@ def removals(
 
     lowest: the lowest scores, each block on its own. span: the consecutive blocks whose span scores lowest, starting at
     any of 0..depth-count inclusive. deepest: from the last block but one upwards (the last stays), as in Deeper Layers.
-    Ties go to the deeper block. Protected blocks never go. Raises ShortcutError for a rule without the scores it needs.
+    greedy: the order in which blocks went when what was left was scored again each time, as in SLEB. Ties go to the
+    deeper block. Protected blocks never go. Raises ShortcutError for a rule without the scores it needs.
     """
     shielded = set(protected)
     candidates = [block for block in range(depth) if block not in shielded]
@@ -28,6 +29,8 @@ def removals(
         raise ShortcutError(f"unknown rule {rule!r}: there are {', '.join(get_args(Select))}")
     if scores is None:
         raise ShortcutError(f"--select {rule} needs scores: give a scores.json, or --select deepest")
+    if rule == "greedy":
+        return _growing(_greedy_order(scores, metric, shielded), depth)
     if rule == "lowest":
         values = scores.of_blocks(metric)
         return _growing(sorted(candidates, key=lambda block: (values[block], -block)), depth)
@@ -40,6 +43,15 @@ def removals(
         best = min(free, key=lambda start: (spans[start], -start))
         found.append(tuple(range(best, best + count)))
     return found
+
+
+def _greedy_order(scores: Scores, metric: str, shielded: set[int]) -> tuple[int, ...]:
+    if metric not in scores.orders:
+        known = ", ".join(scores.orders) or "none"
+        raise ShortcutError(f"no order by {metric!r} in these scores (there are: {known}): score with --greedy N")
+    if early := sorted(shielded & set(scores.orders[metric])):
+        raise ShortcutError(f"the order by {metric} has block {early[0]}, which is to stay: score again with --protect")
+    return scores.orders[metric]
 
 
 def _growing(order: Sequence[int], depth: int) -> list[tuple[int, ...]]:
@@ -70,13 +82,31 @@ def pick_ratio(
     )
 
 
-def parse_protect(text: str, depth: int) -> tuple[int, ...]:
-    """Blocks that must stay: a block list, "none", or "plus": the first four and the last two (Shortened LLaMA)."""
+def parse_rules(text: str) -> list[Select]:
+    """The rules of a comma-separated list; auto means all but greedy. Raises ShortcutError for an unknown one."""
+    text = "lowest,span,deepest" if text == "auto" else text
+    rules: list[Select] = [rule for word in text.split(",") for rule in get_args(Select) if rule == word.strip()]
+    if unknown := [word.strip() for word in text.split(",") if word.strip() not in rules]:
+        raise ShortcutError(f"unknown rule {unknown[0]!r}: there are {', '.join(get_args(Select))} and auto")
+    return list(dict.fromkeys(rules))
+
+
+def parse_protect(text: str, depth: int, candidates: str = "all") -> tuple[int, ...]:
+    """Blocks that must stay: a block list, "none", or "plus": the first four and the last two (Shortened LLaMA).
+
+    candidates: a list of the blocks that may go; the others stay as well.
+    """
+    beyond = set(range(depth)).difference(range(depth) if candidates == "all" else parse_blocks(candidates, depth))
     if text == "none":
-        return ()
+        return tuple(sorted(beyond))
     if text == "plus":
-        return tuple(sorted({*range(min(4, depth)), *range(max(0, depth - 2), depth)}))
-    return parse_blocks(text, depth)
+        return tuple(sorted({*range(min(4, depth)), *range(max(0, depth - 2), depth), *beyond}))
+    return tuple(sorted({*parse_blocks(text, depth), *beyond}))
+
+
+def parse_candidates(candidates: str, protect: str, depth: int) -> tuple[int, ...]:
+    """Blocks that may go: those of a list, or all, without the protected ones."""
+    return tuple(sorted(set(range(depth)).difference(parse_protect(protect, depth, candidates))))
 
 
 def parse_ratio(text: str) -> float:

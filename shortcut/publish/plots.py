@@ -1,4 +1,4 @@
-"""Pictures of scores: a bar chart for every metric of single blocks, a heat map for every metric of spans."""
+"""Pictures: of scores, bars for every metric of single blocks and a heat map for every metric of spans; of trials."""
 
 import io
 from collections.abc import Sequence
@@ -15,15 +15,55 @@ from shortcut.scoring.metrics import METRICS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+    from shortcut.choose.trials import Trial, Trials
 
 WIDTH, BARS_HEIGHT, MAP_HEIGHT = 6.4, 2.9, 5.4  # inches of one panel
 KEPT, DROPPED, INK, PALE = "#5b8db8", "#d55e00", "#333333", "#e2e2e2"  # blue and vermilion differ to every eye
+LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333")  # told apart by every eye
 SMALL = 9  # points
 LOG_FROM = 10  # the largest score over the smallest, from which on a linear axis would hide the small ones
 
 
 def draw_scores(scores: Scores, path: Path, dropped: Sequence[int] = ()) -> None:
     """Write one PNG with a panel per metric and the dropped blocks marked; raises ShortcutError where it cannot."""
+    rows = _arrange(scores)
+    columns = max(map(len, rows))
+    heights = [MAP_HEIGHT if _is_map(scores, row[0]) else BARS_HEIGHT for row in rows]
+    figure = _start_figure(path, WIDTH * columns, sum(heights) + 0.4, _describe(scores))
+    grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
+    for place, row in enumerate(rows):
+        for column, name in enumerate(row):
+            axes = figure.add_subplot(grid[place, column if len(row) == columns else slice(None)])
+            (_draw_map if _is_map(scores, name) else _draw_bars)(axes, scores, name, set(dropped))
+    _save(figure, path)
+
+
+def draw_trials(trials: "Trials", path: Path) -> None:
+    """Write one PNG of perplexity against parameters, a line per rule and metric; raises ShortcutError as above."""
+    figure = _start_figure(path, 1.4 * WIDTH, 1.1 * MAP_HEIGHT, Path(trials.model).name or trials.model)
+    axes = figure.add_subplot()
+    lines: dict[str, list[Trial]] = {}
+    for trial in trials.trials:
+        lines.setdefault(" ".join(filter(None, (trial.select, trial.metric))), []).append(trial)
+    for place, (label, line) in enumerate(lines.items()):
+        sizes = [trials.parameters, *(trial.parameters for trial in line)]
+        values = [trials.perplexity, *(trial.perplexity for trial in line)]
+        color, marker = LINES[place % len(LINES)], "osD^v<>P"[place // len(LINES) % 8]
+        axes.plot(np.array(sizes) / 1e6, values, color=color, marker=marker, markersize=4, linewidth=1.4, label=label)
+    _style(axes, "quality against size", "million parameters", f"perplexity (log scale) on {trials.text}")
+    axes.invert_xaxis()
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(which="both", length=0, labelsize=SMALL, labelcolor=INK)
+    axes.grid(which="both", color=PALE, linewidth=0.8)
+    axes.legend(loc="upper left", frameon=False, fontsize=SMALL, labelcolor=INK)
+    _save(figure, path)
+
+
+def _start_figure(path: Path, width: float, height: float, title: str) -> "Figure":
     if path.suffix.lower() != ".png":
         raise ShortcutError(f"cannot draw {path}: the picture has to be a .png file")
     if not path.parent.is_dir():
@@ -33,17 +73,13 @@ def draw_scores(scores: Scores, path: Path, dropped: Sequence[int] = ()) -> None
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise ShortcutError('drawing needs matplotlib: pip install "shortcut[plot]"') from None
-    rows = _arrange(scores)
-    columns = max(map(len, rows))
-    heights = [MAP_HEIGHT if _is_map(scores, row[0]) else BARS_HEIGHT for row in rows]
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Figure(figsize=(WIDTH * columns, sum(heights) + 0.4), layout=layout, facecolor="white")
-    figure.suptitle(_describe(scores), fontsize=12, color=INK, parse_math=False)
-    grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
-    for place, row in enumerate(rows):
-        for column, name in enumerate(row):
-            axes = figure.add_subplot(grid[place, column if len(row) == columns else slice(None)])
-            (_draw_map if _is_map(scores, name) else _draw_bars)(axes, scores, name, set(dropped))
+    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
+    figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
+    return figure
+
+
+def _save(figure: "Figure", path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
     try:

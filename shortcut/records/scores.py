@@ -7,7 +7,7 @@ every span of n blocks, by its first block, so row 0 speaks of single blocks.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ Triangle = tuple[tuple[float, ...], ...]
 class Scores:
     """Scores of one model on one calibration set, with what a plan needs to know of the model.
 
-    parameters: of the whole model; block_parameters: of each block. calibration and settings are plain data.
+    parameters: of the whole model; block_parameters: of each block. calibration and settings are plain data. orders: by
+    metric, the blocks in the order in which they went, one by one, what was left being scored again each time.
     """
 
     base: Base
@@ -31,6 +32,7 @@ class Scores:
     metrics: Mapping[str, tuple[float, ...] | Triangle]
     calibration: Mapping[str, Any]
     settings: Mapping[str, Any]
+    orders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def of_blocks(self, metric: str) -> tuple[float, ...]:
         """One score per block: (blocks,)."""
@@ -56,7 +58,9 @@ class Scores:
     def __str__(self) -> str:
         columns = [self.of_blocks(name) for name in self.metrics]
         rows = [[block, *(f"{column[block]:.4f}" for column in columns)] for block in range(self.base.blocks)]
-        return format_table(["block", *self.metrics], rows, left=0)
+        table = format_table(["block", *self.metrics], rows, left=0)
+        orders = [f"one by one, by {metric}: {', '.join(map(str, blocks))}" for metric, blocks in self.orders.items()]
+        return "\n".join([table, *([""] if orders else []), *orders])
 
     def to_dict(self) -> dict[str, Any]:
         """The scores as the plain data that their file holds."""
@@ -77,7 +81,7 @@ def read_scores(path: Path) -> Scores:
     except (OSError, ValueError, RecursionError) as error:
         raise ShortcutError(f"cannot read the scores {path}: {error}") from None
     fields = {"parameters", "block_parameters", "metrics", "calibration", "settings"}
-    check_format(data, str(path), fields | {"base"})
+    check_format(data, str(path), fields | {"base", "orders"})
     base = read_base(data.get("base"), str(path))
     if missing := sorted(fields - set(data)):
         raise ShortcutError(f"{path} lacks the entry {missing[0]!r}")
@@ -85,12 +89,20 @@ def read_scores(path: Path) -> Scores:
         metrics = {name: _read_values(values, base.blocks) for name, values in data["metrics"].items()}
         block_parameters = tuple(int(count) for count in data["block_parameters"])
         parameters = int(data["parameters"])
+        orders = {str(name): _read_order(blocks, base.blocks) for name, blocks in data.get("orders", {}).items()}
         plain = isinstance(data["calibration"], dict) and isinstance(data["settings"], dict)
         if len(block_parameters) != base.blocks or not metrics or parameters < 1 or not plain:
             raise ValueError
     except (AttributeError, TypeError, ValueError, LookupError, OverflowError):
         raise ShortcutError(f"{path} does not hold the scores of {base.blocks} blocks") from None
-    return Scores(base, parameters, block_parameters, metrics, data["calibration"], data["settings"])
+    return Scores(base, parameters, block_parameters, metrics, data["calibration"], data["settings"], orders)
+
+
+def _read_order(blocks: Any, depth: int) -> tuple[int, ...]:
+    order = tuple(int(block) for block in blocks)
+    if len(set(order)) != len(order) or not set(order) <= set(range(depth)):
+        raise ValueError
+    return order
 
 
 def _read_values(values: Any, depth: int) -> tuple[float, ...] | Triangle:

@@ -1,6 +1,7 @@
 """Scores of all blocks, and of all spans, from as few passes through the blocks as the metrics need."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,16 +37,43 @@ def score_blocks(
     return {metric.name: found[metric.name] for metric in metrics}
 
 
+def check_greedy(metric: Metric, count: int, candidates: int, depth: int) -> None:
+    """Raise ShortcutError where this many blocks cannot be left out one by one, of so many candidates."""
+    if metric.needs not in ("states", "logits"):
+        raise ShortcutError(f"{metric.name} cannot be scored again as blocks go: use a metric of states or logits")
+    if not 0 < count <= (most := min(candidates, depth - 1)):
+        raise ShortcutError(f"cannot leave out {count} blocks one by one: 1 to {most} can go")
+
+
+def remove_greedily(
+    model: Model, batches: Sequence[Batch], metric: Metric, count: int, candidates: Iterable[int], *, quiet: bool = True
+) -> Iterator[tuple[int, float]]:
+    """Remove the block that scores lowest, score what remains, and so on; yields each block and its score then (SLEB).
+
+    Metrics of logits compare with the whole model all along. Ties go to the deeper block. Raises ShortcutError as
+    `score_blocks` and `check_greedy` do.
+    """
+    decoder, left, missing = Decoder.of(model), set(candidates), set[int]()
+    check_greedy(metric, count, len(left), len(decoder.blocks))
+    for _ in track(range(count), "removing", quiet=quiet):
+        scores: Any = _score_walked(decoder, batches, [metric], missing, quiet=True)[metric.name]
+        lowest = min(left, key=lambda block: (scores[block], -block))
+        yield lowest, scores[lowest]
+        left.remove(lowest)
+        missing.add(lowest)
+
+
 @torch.inference_mode()
 def _score_walked(
-    decoder: Decoder, batches: Sequence[Batch], metrics: Sequence[Metric], *, quiet: bool
+    decoder: Decoder, batches: Sequence[Batch], metrics: Sequence[Metric], missing: Collection[int] = (), *, quiet: bool
 ) -> dict[str, tuple[float, ...] | Triangle]:
+    """missing: blocks that are left out; their scores mean nothing."""
     check_walk(decoder, batches[0])
     depth = len(decoder.blocks)
     shapes = {metric.name: (depth + 1, depth + 1) if metric.needs == "spans" else (depth,) for metric in metrics}
     sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
     for batch in track(batches, "scoring", quiet=quiet):
-        _add_batch(decoder, batch, metrics, sums)
+        _add_batch(decoder, batch, metrics, missing, sums)
     scores: dict[str, tuple[float, ...] | Triangle] = {}
     for metric in metrics:
         mean = sums[metric.name] / sum(int(chosen(metric, batch).sum()) for batch in batches)
@@ -66,14 +94,16 @@ def chosen(metric: Metric, batch: Batch) -> Tensor:
     return batch.mask
 
 
-def _add_batch(decoder: Decoder, batch: Batch, metrics: Sequence[Metric], sums: dict[str, Tensor]) -> None:
+def _add_batch(
+    decoder: Decoder, batch: Batch, metrics: Sequence[Metric], missing: Collection[int], sums: dict[str, Tensor]
+) -> None:
     of_steps, of_spans, of_logits = (
         [metric for metric in metrics if metric.needs == needs] for needs in ("states", "spans", "logits")
     )
     ablated: dict[int, Tensor] | None = {} if of_logits else None
     rows = _union(of_spans, batch)
     points: list[Tensor] = []
-    for step in walk(decoder, batch, ablated):
+    for step in walk(decoder, batch, ablated, missing):
         before, after = step.before[batch.mask].float(), step.after[batch.mask].float()
         _check_finite(after, f"block {step.block}", step.after.dtype)
         for metric in of_steps:
@@ -83,7 +113,11 @@ def _add_batch(decoder: Decoder, batch: Batch, metrics: Sequence[Metric], sums: 
     if of_spans:
         _add_spans(points, {metric.name: chosen(metric, batch)[rows] for metric in of_spans}, of_spans, sums)
     if ablated is not None:
-        _add_ablations(decoder, batch, step.after, ablated, of_logits, sums)
+        final = step.after
+        if missing:
+            *_, last = walk(decoder, batch)
+            final = last.after
+        _add_ablations(decoder, batch, final, ablated, of_logits, sums)
 
 
 def _union(metrics: Sequence[Metric], batch: Batch) -> Tensor:
@@ -111,7 +145,7 @@ def _add_ablations(
     metrics: Sequence[Metric],
     sums: dict[str, Tensor],
 ) -> None:
-    """final: the states behind the last block, (batch, tokens, width); ablated: the same without each of the blocks."""
+    """final: the whole model's states behind the last block, (batch, tokens, width); ablated: those without a block."""
     rows = _union(metrics, batch)
     targets = batch.ids.roll(-1, dims=1)[rows]
     counted = {metric.name: chosen(metric, batch)[rows] for metric in metrics}

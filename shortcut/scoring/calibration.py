@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,18 @@ class Calibration:
     def tokens(self) -> int:
         """Number of real tokens."""
         return sum(map(len, self.sequences))
+
+    def split(self, samples: int) -> tuple["Calibration", "Calibration"]:
+        """All but the last so many sequences, and these."""
+        if not 0 < samples < len(self.sequences):
+            raise ShortcutError(f"cannot set {samples} of {len(self.sequences)} sequences aside: use more --samples")
+        return replace(self, sequences=self.sequences[:-samples]), replace(self, sequences=self.sequences[-samples:])
+
+    @property
+    def described(self) -> str:
+        """For people: the text, how much of it, and the BOS policy."""
+        bos = "each starting with BOS" if self.starts_with_bos else "without BOS"
+        return f"{self.source.data} text, {len(self.sequences)} sequences of {self.length} tokens, {bos}"
 
     def record(self) -> dict[str, Any]:
         """What goes into scores and plans: source, count, length, seed, hash."""

@@ -10,7 +10,7 @@ and goes on through the blocks behind it. All L ablations cost L (L - 1) / 2 pas
 nothing in front of a missing block is computed twice; streams go through a block several at a time, as one batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,15 +87,18 @@ class Decoder:
         return torch.log_softmax(logits[:, 0].float(), dim=-1)
 
 
-def walk(decoder: Decoder, batch: Batch, ablated: dict[int, Tensor] | None = None) -> Iterator[Step]:
+def walk(
+    decoder: Decoder, batch: Batch, ablated: dict[int, Tensor] | None = None, missing: Collection[int] = ()
+) -> Iterator[Step]:
     """Yield every block's step in order, for one batch of tokens on the model's device.
 
     ablated: an empty dict, which at the end holds for every block the states behind the last block without it.
+    missing: blocks that are left out, and have no step.
     """
     room = max(1, TOKENS_PER_CALL // batch.ids.numel())
     calls = {1: decoder.calls(batch)}
     hidden = hidden_input(*calls[1][0])
-    for number in range(len(decoder.blocks)):
+    for number in (number for number in range(len(decoder.blocks)) if number not in missing):
         after = decoder.run(number, hidden, calls[1][number])
         if ablated is not None:
             for group in _groups(list(ablated), room):

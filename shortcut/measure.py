@@ -1,0 +1,259 @@
+"""The verbs that run a model, as functions and commands like those of `commands.py`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortcut.choose.rules import Select, parse_candidates, parse_rules
+from shortcut.commands import plan
+from shortcut.errors import ShortcutError
+from shortcut.progress import say
+from shortcut.records.blocks import parse_blocks
+from shortcut.records.plan import Plan
+from shortcut.records.scores import Scores, format_scores
+from shortcut.sources import open_model
+from shortcut.surgery.checkpoint import Checkpoint, read_checkpoint, read_json
+from shortcut.surgery.stage import RECORD, write_text
+
+if TYPE_CHECKING:
+    from shortcut.checking.verify import CheckReport
+    from shortcut.choose.trials import Trials
+    from shortcut.scoring.calibration import Calibration
+    from shortcut.scoring.metrics import Metric, MetricList
+
+
+def score(
+    model: str | Path,
+    *,
+    metric: str = "block-influence,angular",
+    greedy: int = 0,
+    protect: str = "none",
+    candidates: str = "all",
+    data: str = "default",
+    split: str = "train",
+    column: str | None = None,
+    samples: int = 16,
+    length: int = 512,
+    by_document: bool = False,
+    seed: int = 0,
+    batch_size: int = 4,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    out: Path | None = None,
+    plot: Path | None = None,
+    quiet: bool = False,
+) -> Scores:
+    """Score every block of a model on some text: higher is more important.
+
+    Metrics of what goes into blocks and comes out share one walk through them, at the cost of about one forward pass;
+    `shortcut metrics` says what others cost. Metrics of spans (angular, angular-all) score every span of every length;
+    the table shows single blocks, --out and --plot all. --greedy N goes on: by the first metric, the block that scores
+    lowest is left out, the rest is scored again, and so on, N times.
+    """
+    from shortcut.live import load_model, pick_device, pick_dtype
+    from shortcut.scoring.blocks import check_greedy
+    from shortcut.scoring.metrics import pick_metrics
+
+    metrics = pick_metrics(metric)
+    pick_dtype(dtype, pick_device(device))
+    checkpoint = open_model(model, revision, quiet=quiet)
+    may_go = parse_candidates(candidates, protect, checkpoint.base.blocks)
+    if greedy:
+        check_greedy(metrics[0], greedy, len(may_go), checkpoint.base.blocks)
+    text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document}
+    calibration = take_text(checkpoint, (data, split, column), samples, trust_remote_code=trust_remote_code, **text)
+    say(f"scoring {checkpoint.base.blocks} blocks of {checkpoint.name} on {calibration.tokens} tokens", quiet=quiet)
+    live = load_model(checkpoint.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    scores = make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
+    if out is not None:
+        write_text(out, format_scores(scores))
+    if plot is not None:
+        from shortcut.publish.plots import draw_scores
+
+        draw_scores(scores, plot)
+    return scores
+
+
+def take_text(
+    checkpoint: Checkpoint, source: tuple[str, str, str | None], samples: int, *, trust_remote_code: bool, **how: Any
+) -> "Calibration":
+    """Tokenise text for a checkpoint. source: data, split and column; how: the other options of `make_calibration`."""
+    from shortcut.live import load_tokenizer
+    from shortcut.scoring.calibration import Source, make_calibration
+
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    return make_calibration(tokenizer, Source(*source), samples=samples, **how)
+
+
+def make_scores(
+    checkpoint: Checkpoint,
+    live: Any,
+    calibration: "Calibration",
+    metrics: "Sequence[Metric]",
+    batch_size: int,
+    greedy: int = 0,
+    may_go: Sequence[int] = (),
+    *,
+    quiet: bool = False,
+) -> Scores:
+    """Score the blocks of a live model, and leave some out one by one. Raises ShortcutError as `score_blocks` does."""
+    from shortcut.scoring.blocks import remove_greedily, score_blocks
+    from shortcut.scoring.calibration import make_batches
+
+    batches = make_batches(calibration, batch_size, live.device)
+    found = score_blocks(live, batches, metrics, quiet=quiet)
+    order = dict(remove_greedily(live, batches, metrics[0], greedy, may_go, quiet=quiet)) if greedy else {}
+    return Scores(
+        base=checkpoint.base,
+        parameters=checkpoint.parameters,
+        block_parameters=checkpoint.block_parameters,
+        metrics=found,
+        calibration=calibration.record(),
+        settings={
+            "device": str(live.device),
+            "dtype": str(live.dtype).removeprefix("torch."),
+            "batch_size": batch_size,
+        },
+        orders={metrics[0].name: tuple(order)} if greedy else {},
+    )
+
+
+def plans_by_rules(scores: Scores, rules: Sequence[Select], **how: Any) -> list[Plan]:
+    """What every rule chooses by every metric. how: the other options of `plan`, which says what can go wrong."""
+    plans = []
+    for rule in rules:
+        known = {"deepest": list(scores.metrics)[:1], "greedy": list(scores.orders)}.get(rule, list(scores.metrics))
+        plans += [plan(scores, select=rule, metric=metric, **how) for metric in known]
+    return plans
+
+
+def sweep(
+    model: str | Path,
+    *,
+    count: str = "1-8",
+    metric: str = "block-influence,angular",
+    select: str = "lowest,span,deepest",
+    protect: str = "none",
+    candidates: str = "all",
+    data: str = "default",
+    heldout: str = "heldout",
+    split: str = "train",
+    column: str | None = None,
+    samples: int = 16,
+    length: int = 512,
+    by_document: bool = False,
+    seed: int = 0,
+    batch_size: int = 4,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    out: Path | None = None,
+    plot: Path | None = None,
+    quiet: bool = False,
+) -> "Trials":
+    """Show quality against size: the perplexity that plans of several sizes and rules cost, before any is cut.
+
+    The model is scored once; every rule then chooses by every metric, and each plan is tried on other text. For the
+    rule greedy, blocks are left out one by one by the first metric.
+    """
+    from shortcut.choose.trials import try_plans
+    from shortcut.live import load_model, pick_device, pick_dtype
+    from shortcut.scoring.blocks import check_greedy
+    from shortcut.scoring.metrics import pick_metrics
+
+    metrics, rules = pick_metrics(metric), parse_rules(select)
+    pick_dtype(dtype, pick_device(device))
+    checkpoint = open_model(model, revision, quiet=quiet)
+    depth = checkpoint.base.blocks
+    counts, may_go = parse_blocks(count, depth + 1), parse_candidates(candidates, protect, depth)
+    greedy = max(counts) if "greedy" in rules else 0
+    if greedy:
+        check_greedy(metrics[0], greedy, len(may_go), depth)
+    text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document}
+    text |= {"trust_remote_code": trust_remote_code}
+    calibration = take_text(checkpoint, (data, split, column), samples, **text)
+    unseen = take_text(checkpoint, (heldout, split, column), samples, **text)
+    live = load_model(checkpoint.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    scores = make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
+    options = {"protect": protect, "candidates": candidates}
+    plans = [plan for n in counts for plan in plans_by_rules(scores, rules, count=n, **options)]
+    trials = try_plans(live, scores, plans, unseen, batch_size, quiet=quiet)
+    if out is not None:
+        write_text(out, trials.as_csv())
+    if plot is not None:
+        from shortcut.publish.plots import draw_trials
+
+        draw_trials(trials, plot)
+    return trials
+
+
+def check(
+    checkpoint: str | Path,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    data: str = "heldout",
+    split: str = "train",
+    column: str | None = None,
+    samples: int = 16,
+    length: int = 512,
+    by_document: bool = False,
+    seed: int = 0,
+    batch_size: int = 4,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> "CheckReport":
+    """Verify a shortened checkpoint against its base, and measure the perplexity of both.
+
+    It has to load with plain from_pretrained without a missing or unexpected key, its tensors have to be the base's
+    byte for byte, and its logits those of the base with the dropped blocks bypassed. Fails at the first thing that is
+    not so. A checkpoint that shortcut did not write is only loaded and measured.
+    """
+    from shortcut.checking.verify import check_checkpoint
+    from shortcut.live import load_tokenizer
+    from shortcut.scoring.calibration import Source, make_calibration
+
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise ShortcutError(f"no folder {folder}")
+    short = read_checkpoint(folder)
+    carried_out = read_record(folder)
+    if carried_out is None and base is not None:
+        raise ShortcutError(f"{folder} has no record ({RECORD}) of what was dropped from {base}")
+    original = None
+    if carried_out is not None:
+        original = open_model(base or carried_out.base.model, revision or carried_out.base.revision, quiet=quiet)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    heldout = make_calibration(
+        tokenizer, Source(data, split, column), samples=samples, length=length, seed=seed, by_document=by_document
+    )
+    return check_checkpoint(
+        short,
+        (original, carried_out) if original is not None and carried_out is not None else None,
+        heldout,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
+    )
+
+
+def read_record(folder: Path) -> Plan | None:
+    """The plan that a checkpoint says it was made by; None where shortcut did not cut it."""
+    if not (folder / RECORD).exists():
+        return None
+    record = read_json(folder / RECORD)
+    return Plan.from_dict(record["plan"], str(folder / RECORD)) if "plan" in record else None
+
+
+def metrics(*, quiet: bool = False) -> "MetricList":  # noqa: ARG001  (every command can be told to be quiet)
+    """List the metrics: formula, what they need, what they cost, and where they come from."""
+    from shortcut.scoring.metrics import METRICS, MetricList
+
+    return MetricList(tuple(METRICS.values()))

@@ -1,0 +1,97 @@
+"""What goes, from what `prune` is asked for: by hand, by one rule, or by the best of several that are tried."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shortcut import commands, measure
+from shortcut.choose.rules import Select, parse_candidates
+from shortcut.progress import say
+from shortcut.records.plan import Plan
+from shortcut.records.scores import Scores
+from shortcut.surgery.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from shortcut.choose.trials import Trials
+    from shortcut.scoring.metrics import Metric
+
+
+@dataclass(frozen=True)
+class Request:
+    """How many blocks are to go, or which, and by what rules and metrics they may be chosen."""
+
+    count: int | None
+    ratio: str | None
+    drop: str | None
+    rules: Sequence[Select]
+    metrics: "Sequence[Metric]"
+    protect: str
+    candidates: str
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether blocks are chosen by anything but their place."""
+        return self.drop is None and list(self.rules) != ["deepest"]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there are several plans to choose from."""
+        return self.drop is None and len(self.rules) > 1
+
+    def plans(self, scores: Scores) -> list[Plan]:
+        """What every rule chooses by every metric; a single rule by the first. Raises ShortcutError as `plan` does."""
+        how: dict[str, Any] = {"count": self.count, "ratio": self.ratio, "drop": self.drop}
+        how |= {"protect": self.protect, "candidates": self.candidates}
+        if self.is_open:
+            return measure.plans_by_rules(scores, self.rules, **how)
+        return [commands.plan(scores, select=self.rules[0], metric=self.metrics[0].name, **how)]
+
+    def foresee(self, base: Checkpoint) -> list[Plan]:
+        """Plans of the size of the real ones, made of scores that say nothing; the smallest blocks go one by one."""
+        sizes = base.block_parameters
+        may_go = parse_candidates(self.candidates, self.protect, len(sizes))
+        order = {self.metrics[0].name: tuple(sorted(may_go, key=lambda block: sizes[block]))}
+        zeros = {metric.name: (0.0,) * len(sizes) for metric in self.metrics}
+        return self.plans(Scores(base.base, base.parameters, sizes, zeros, {}, {}, order))
+
+
+def select_plan(
+    base: Checkpoint,
+    request: Request,
+    source: tuple[str, str, str | None],
+    samples: int,
+    batch_size: int,
+    *,
+    text: dict[str, Any],
+    loading: dict[str, Any],
+    quiet: bool,
+) -> tuple[Plan, Scores | None, "Trials | None"]:
+    """Score the base and choose; of several plans the one with the lowest perplexity on sequences set aside.
+
+    source, samples, text: as for `take_text`; where there is a choice, a quarter more sequences are taken, and set
+    aside. loading: as for `load_model`. Raises ShortcutError as scoring does.
+    """
+    foreseen = request.foresee(base)
+    if not request.needs_model:
+        return foreseen[0], None, None
+    from shortcut.choose.trials import try_plans
+    from shortcut.live import load_model
+    from shortcut.scoring.blocks import check_greedy
+
+    may_go = parse_candidates(request.candidates, request.protect, base.base.blocks)
+    greedy = max(len(plan.dropped) for plan in foreseen) if "greedy" in request.rules else 0
+    if greedy:
+        check_greedy(request.metrics[0], greedy, len(may_go), base.base.blocks)
+    aside = max(1, samples // 4) if request.is_open else 0
+    calibration = measure.take_text(base, source, samples + aside, **text)
+    validation = None
+    if aside:
+        calibration, validation = calibration.split(aside)
+    say(f"scoring {base.base.blocks} blocks of {base.name} on {calibration.tokens} tokens", quiet=quiet)
+    live = load_model(base.folder, **loading)
+    scores = measure.make_scores(base, live, calibration, request.metrics, batch_size, greedy, may_go, quiet=quiet)
+    plans = request.plans(scores)
+    if validation is None:
+        return plans[0], scores, None
+    trials = try_plans(live, scores, plans, validation, batch_size, quiet=quiet)
+    return plans[trials.best], scores, trials

@@ -1,0 +1,114 @@
+"""Removing one block after the other, with the rest scored again, is what brute force does."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import shortcut
+from shortcut.choose.rules import removals
+from shortcut.errors import ShortcutError
+from shortcut.live import load_model
+from shortcut.records.scores import format_scores, read_scores
+from shortcut.scoring.blocks import remove_greedily, score_blocks
+from shortcut.scoring.calibration import make_batches
+from shortcut.scoring.metrics import METRICS
+from tests.conftest import DEPTH
+from tests.reference import bypassed, logits
+from tests.test_score import sequences_of
+
+
+def plain_perplexity(model: Any, rows: Sequence[torch.Tensor], missing: Sequence[int]) -> float:
+    """Of the model without these blocks, by one forward pass for every sequence."""
+    losses: list[float] = []
+    with bypassed(model, missing):
+        for row in rows:
+            predicted = torch.log_softmax(logits(model, row[None])[0].double(), -1)
+            losses += [-predicted[i][row[i + 1]].item() for i in range(len(row) - 1)]
+    return math.exp(math.fsum(losses) / len(losses))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize("candidates", [range(DEPTH), [1, 3, 4, 5, 6]])
+def test_greedy_equals_brute_force(family: str, candidates: Sequence[int], checkpoint_of: Callable[..., Path]) -> None:
+    """At every step the block goes without which the rest has the lowest perplexity, of all models tried."""
+    model = load_model(checkpoint_of(family))
+    calibration = sequences_of(9, 7)
+    removed = list(remove_greedily(model, make_batches(calibration, 2), METRICS["perplexity"], 4, candidates))
+    rows, missing = [torch.tensor(row) for row in calibration.sequences], []
+    for block, score in removed:
+        tried = {b: plain_perplexity(model, rows, [*missing, b]) for b in candidates if b not in missing}
+        assert block == min(tried, key=lambda b: tried[b])
+        assert score == pytest.approx(tried[block], rel=1e-4)
+        missing.append(block)
+
+
+def test_the_first_step_is_the_lowest_score(llama: Path) -> None:
+    """With nothing left out yet, greedy is plain scoring."""
+    model = load_model(llama)
+    batches = make_batches(sequences_of(9, 7), 2)
+    for name in ("block-influence", "kl"):
+        scores = score_blocks(model, batches, [METRICS[name]])[name]
+        ((block, score),) = remove_greedily(model, batches, METRICS[name], 1, range(DEPTH))
+        assert (block, score) == (scores.index(min(scores)), pytest.approx(min(scores)))
+
+
+def test_orders_go_through_the_files(llama: Path, tmp_path: Path) -> None:
+    """score --greedy writes the order into scores.json, and plans of every size follow it."""
+    scores = shortcut.score(
+        llama, metric="kl", greedy=3, protect="0", samples=2, length=32, out=tmp_path / "s.json", quiet=True
+    )
+    order = scores.orders["kl"]
+    assert len(order) == 3
+    assert 0 not in order
+    assert read_scores(tmp_path / "s.json") == scores
+    assert f"one by one, by kl: {', '.join(map(str, order))}" in str(scores)
+    for count in (1, 2, 3):
+        plan = shortcut.plan(tmp_path / "s.json", count=count, select="greedy", protect="0")
+        assert plan.dropped == tuple(sorted(order[:count]))
+    with pytest.raises(ShortcutError, match="cannot drop 4 of 7 blocks: 1 to 3 can go"):
+        shortcut.plan(scores, count=4, select="greedy")
+    with pytest.raises(ShortcutError, match=f"has block {min(order)}, which is to stay"):
+        shortcut.plan(scores, count=2, select="greedy", protect=str(min(order)))
+
+
+def test_prune_greedily(llama: Path, tmp_path: Path) -> None:
+    """prune scores as often as its count or its ratio needs, among the candidates."""
+    options = {"select": "greedy", "metric": "perplexity", "samples": 2, "length": 32, "quiet": True}
+    report = shortcut.prune(llama, tmp_path / "a", count=2, candidates="1-4", **options)
+    assert len(report.cut.plan.dropped) == 2
+    assert set(report.cut.plan.dropped) <= {1, 2, 3, 4}
+    assert report.cut.plan.why["candidates"] == "1-4"
+    report = shortcut.prune(llama, tmp_path / "b", ratio="20%", **options)
+    assert len(report.scores.orders["perplexity"]) == len(report.cut.plan.dropped)
+
+
+@pytest.mark.parametrize(
+    ("metric", "count", "message"),
+    [
+        ("taylor", 1, "taylor cannot be scored again as blocks go"),
+        ("angular", 1, "angular cannot be scored again as blocks go"),
+        ("kl", 7, "cannot leave out 7 blocks one by one: 1 to 6 can go"),
+    ],
+)
+def test_greedy_mistakes(metric: str, count: int, message: str, llama: Path) -> None:
+    """Metrics that say nothing of single blocks, and more blocks than may go."""
+    with pytest.raises(ShortcutError, match=message):
+        shortcut.score(llama, metric=metric, greedy=count, samples=2, length=32, quiet=True)
+
+
+def test_orders_that_are_none(llama: Path, tmp_path: Path) -> None:
+    """Scores without an order, and files whose order names a block twice or one that is not there."""
+    scores = shortcut.score(llama, metric="l2", samples=2, length=32, quiet=True)
+    with pytest.raises(
+        ShortcutError, match=r"no order by 'l2' in these scores \(there are: none\): score with --greedy"
+    ):
+        removals("greedy", DEPTH, (), scores, "l2")
+    for order in ([1, 1], [DEPTH]):
+        broken = format_scores(scores).replace('"orders": {}', f'"orders": {{"l2": {order}}}')
+        (tmp_path / "s.json").write_text(broken)
+        with pytest.raises(ShortcutError, match="does not hold the scores of 7 blocks"):
+            read_scores(tmp_path / "s.json")
