@@ -53,18 +53,28 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     return getattr(torch, dtype)
 
 
-def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Model:
+def load_model(
+    folder: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    places: Mapping[str, Any] | None = None,
+    scratch: Path | None = None,
+) -> Model:
     """Load a checkpoint with plain `from_pretrained`, in evaluation mode, on one device.
 
-    Raises ShortcutError where any weight is missing, unexpected or of another shape: transformers itself only logs
-    that, and goes on with random numbers.
+    places: where its parts go instead, "disk" being where they are; scratch: a folder for those that have to be
+    converted then. Raises ShortcutError where any weight is missing, unexpected or of another shape: transformers
+    itself only logs that, and goes on with random numbers.
     """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     where = pick_device(device)
-    options = {"dtype": pick_dtype(dtype, where), "device_map": {"": where}, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": pick_dtype(dtype, where), "trust_remote_code": trust_remote_code}
+    options |= {"device_map": dict(places or {"": where}), "offload_folder": scratch}
     try:
         family = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code

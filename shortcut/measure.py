@@ -1,6 +1,7 @@
 """The verbs that run a model, as functions and commands like those of `commands.py`."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ def score(
     batch_size: int = 4,
     device: str = "auto",
     dtype: str = "auto",
+    offload: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
     out: Path | None = None,
@@ -52,7 +54,7 @@ def score(
     the table shows single blocks, --out and --plot all. --greedy N goes on: by the first metric, the block that scores
     lowest is left out, the rest is scored again, and so on, N times.
     """
-    from shortcut.live import load_model, pick_device, pick_dtype
+    from shortcut.live import pick_device, pick_dtype
     from shortcut.scoring.blocks import check_greedy
     from shortcut.scoring.metrics import pick_metrics
 
@@ -62,11 +64,12 @@ def score(
     may_go = parse_candidates(candidates, protect, checkpoint.base.blocks)
     if greedy:
         check_greedy(metrics[0], greedy, len(may_go), checkpoint.base.blocks)
-    text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document}
-    calibration = take_text(checkpoint, (data, split, column), samples, trust_remote_code=trust_remote_code, **text)
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
+    calibration = take_text(checkpoint, (data, split, column), samples, **text)
     say(f"scoring {checkpoint.base.blocks} blocks of {checkpoint.name} on {calibration.tokens} tokens", quiet=quiet)
-    live = load_model(checkpoint.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    scores = make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
+    with start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
+        scores = make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
     if out is not None:
         write_text(out, format_scores(scores))
     if plot is not None:
@@ -85,6 +88,13 @@ def take_text(
 
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
     return make_calibration(tokenizer, Source(*source), samples=samples, **how)
+
+
+def start(checkpoint: Checkpoint, **how: Any) -> AbstractContextManager[Any]:
+    """The live model of a checkpoint, for the length of a `with` block. how: the options of `open_live`."""
+    from shortcut.offload import open_live
+
+    return open_live(checkpoint.folder, checkpoint.config, checkpoint.parameters, **how)
 
 
 def make_scores(
@@ -148,6 +158,7 @@ def sweep(
     batch_size: int = 4,
     device: str = "auto",
     dtype: str = "auto",
+    offload: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
     out: Path | None = None,
@@ -160,7 +171,7 @@ def sweep(
     rule greedy, blocks are left out one by one by the first metric.
     """
     from shortcut.choose.trials import try_plans
-    from shortcut.live import load_model, pick_device, pick_dtype
+    from shortcut.live import pick_device, pick_dtype
     from shortcut.scoring.blocks import check_greedy
     from shortcut.scoring.metrics import pick_metrics
 
@@ -172,15 +183,15 @@ def sweep(
     greedy = max(counts) if "greedy" in rules else 0
     if greedy:
         check_greedy(metrics[0], greedy, len(may_go), depth)
-    text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document}
-    text |= {"trust_remote_code": trust_remote_code}
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
     calibration = take_text(checkpoint, (data, split, column), samples, **text)
     unseen = take_text(checkpoint, (heldout, split, column), samples, **text)
-    live = load_model(checkpoint.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    scores = make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
-    options = {"protect": protect, "candidates": candidates}
-    plans = [plan for n in counts for plan in plans_by_rules(scores, rules, count=n, **options)]
-    trials = try_plans(live, scores, plans, unseen, batch_size, quiet=quiet)
+    how: dict[str, Any] = {"protect": protect, "candidates": candidates}
+    with start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
+        scores = make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
+        plans = [chosen for n in counts for chosen in plans_by_rules(scores, rules, count=n, **how)]
+        trials = try_plans(live, scores, plans, unseen, batch_size, quiet=quiet)
     if out is not None:
         write_text(out, trials.as_csv())
     if plot is not None:

@@ -20,6 +20,7 @@ OPTION_HELP = {
     "by_document": "one document per sequence, padded, instead of packed sequences",
     "device": "cpu, cuda, cuda:1 ...; auto takes a GPU where there is one",
     "dtype": "auto, float32, bfloat16 or float16; auto is float32 on a CPU and the checkpoint's own type on a GPU",
+    "offload": "leave the blocks on the disk until they run; done by itself where memory is too small",
     "trust_remote_code": "run the modeling code that comes with the model",
     "plot": "draw the scores into this PNG file",
     "count": "how many blocks go; for sweep a list of such numbers",

@@ -109,7 +109,7 @@ def prune(
 
     text["by_document"] = by_document
     plan, scores, trials = select_plan(
-        base, request, source, samples, batch_size, text=text, loading=loading, quiet=quiet
+        base, request, source, samples, batch_size, text=text, loading=loading | {"offload": False}, quiet=quiet
     )
     cut = report_cut(base, plan, target, limit, written=True)
     config = shorten_config(base, plan, **trust)

@@ -69,13 +69,12 @@ def select_plan(
     """Score the base and choose; of several plans the one with the lowest perplexity on sequences set aside.
 
     source, samples, text: as for `take_text`; where there is a choice, a quarter more sequences are taken, and set
-    aside. loading: as for `load_model`. Raises ShortcutError as scoring does.
+    aside. loading: as for `open_live`. Raises ShortcutError as scoring does.
     """
     foreseen = request.foresee(base)
     if not request.needs_model:
         return foreseen[0], None, None
     from shortcut.choose.trials import try_plans
-    from shortcut.live import load_model
     from shortcut.scoring.blocks import check_greedy
 
     may_go = parse_candidates(request.candidates, request.protect, base.base.blocks)
@@ -88,10 +87,10 @@ def select_plan(
     if aside:
         calibration, validation = calibration.split(aside)
     say(f"scoring {base.base.blocks} blocks of {base.name} on {calibration.tokens} tokens", quiet=quiet)
-    live = load_model(base.folder, **loading)
-    scores = measure.make_scores(base, live, calibration, request.metrics, batch_size, greedy, may_go, quiet=quiet)
-    plans = request.plans(scores)
-    if validation is None:
-        return plans[0], scores, None
-    trials = try_plans(live, scores, plans, validation, batch_size, quiet=quiet)
+    with measure.start(base, quiet=quiet, **loading) as live:
+        scores = measure.make_scores(base, live, calibration, request.metrics, batch_size, greedy, may_go, quiet=quiet)
+        plans = request.plans(scores)
+        if validation is None:
+            return plans[0], scores, None
+        trials = try_plans(live, scores, plans, validation, batch_size, quiet=quiet)
     return plans[trials.best], scores, trials

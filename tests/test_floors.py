@@ -14,6 +14,7 @@ PACKAGE = Path(shortcut.__file__).parent
 FLOORS = [
     {"errors", "text", "progress", "arguments", "option_help"},
     {"records", "anatomy", "live"},
+    {"offload"},
     {"surgery", "scoring"},
     {"choose", "checking"},
     {"publish", "conversion"},

@@ -1,6 +1,8 @@
 """Scores of all blocks, and of all spans, from as few passes through the blocks as the metrics need."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -8,14 +10,17 @@ from torch import Tensor
 
 from shortcut.errors import ShortcutError
 from shortcut.live import Model
+from shortcut.offload import free_memory, is_offloaded
 from shortcut.progress import track
 from shortcut.records.scores import Triangle
 from shortcut.scoring.calibration import Batch
 from shortcut.scoring.gradients import score_weights
 from shortcut.scoring.metrics import Metric, pairwise_cosines
-from shortcut.scoring.walk import Decoder, check_walk, walk
+from shortcut.scoring.store import Budget, Store
+from shortcut.scoring.walk import Decoder, check_walk, run_together, walk
 
 TOKENS_AT_ONCE = 64  # for pairwise cosines: the stack of their states fits a processor's cache
+STATES_IN_MEMORY = 1 << 28  # bytes of hidden states, where the blocks are on the disk; the others go there too
 LOGITS_AT_ONCE = 1 << 22  # log probabilities of one stream in memory: 16 MB; more is slower on a CPU
 
 
@@ -72,8 +77,13 @@ def _score_walked(
     depth = len(decoder.blocks)
     shapes = {metric.name: (depth + 1, depth + 1) if metric.needs == "spans" else (depth,) for metric in metrics}
     sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    for batch in track(batches, "scoring", quiet=quiet):
-        _add_batch(decoder, batch, metrics, missing, sums)
+    together = is_offloaded(decoder.model)
+    groups = [batches] if together else [[batch] for batch in track(batches, "scoring", quiet=quiet)]
+    room = STATES_IN_MEMORY if together else free_memory(decoder.model.device) // 2
+    for group in groups:
+        with TemporaryDirectory(prefix="shortcut-") as folder:
+            budget = Budget(room, Path(folder))
+            run_together(decoder, [_measure(decoder, b, metrics, missing, sums, budget) for b in group], missing)
     scores: dict[str, tuple[float, ...] | Triangle] = {}
     for metric in metrics:
         mean = sums[metric.name] / sum(int(chosen(metric, batch).sum()) for batch in batches)
@@ -94,24 +104,34 @@ def chosen(metric: Metric, batch: Batch) -> Tensor:
     return batch.mask
 
 
-def _add_batch(
-    decoder: Decoder, batch: Batch, metrics: Sequence[Metric], missing: Collection[int], sums: dict[str, Tensor]
-) -> None:
+def _measure(
+    decoder: Decoder,
+    batch: Batch,
+    metrics: Sequence[Metric],
+    missing: Collection[int],
+    sums: dict[str, Tensor],
+    budget: Budget,
+) -> Iterator[None]:
+    """Walk with one batch, a block at a time, and add what the metrics measure."""
     of_steps, of_spans, of_logits = (
         [metric for metric in metrics if metric.needs == needs] for needs in ("states", "spans", "logits")
     )
-    ablated: dict[int, Tensor] | None = {} if of_logits else None
+    ablated = Store(budget) if of_logits else None
+    points = Store(budget)  # between the blocks
     rows = _union(of_spans, batch)
-    points: list[Tensor] = []
     for step in walk(decoder, batch, ablated, missing):
         before, after = step.before[batch.mask].float(), step.after[batch.mask].float()
         _check_finite(after, f"block {step.block}", step.after.dtype)
         for metric in of_steps:
             sums[metric.name][step.block] += metric.measure(before, after).double().sum().cpu()
         if of_spans:
-            points += [state[rows].float() for state in ([] if points else [step.before]) + [step.after]]
+            points.setdefault(0, step.before[rows])
+            points[len(points)] = step.after[rows]
+        yield
     if of_spans:
-        _add_spans(points, {metric.name: chosen(metric, batch)[rows] for metric in of_spans}, of_spans, sums)
+        _add_spans(
+            [*points.values()], {metric.name: chosen(metric, batch)[rows] for metric in of_spans}, of_spans, sums
+        )
     if ablated is not None:
         final = step.after
         if missing:
@@ -131,7 +151,7 @@ def _add_spans(
     """points: the states between the blocks, each (tokens, width); counted: per metric, which of them: (tokens,)."""
     for start in range(0, len(points[0]), TOKENS_AT_ONCE):
         chunk = slice(start, start + TOKENS_AT_ONCE)
-        cosines = pairwise_cosines(torch.stack([point[chunk] for point in points], dim=1))
+        cosines = pairwise_cosines(torch.stack([point[chunk].float() for point in points], dim=1))
         for metric in metrics:
             values = metric.measure(cosines[counted[metric.name][chunk]])
             sums[metric.name] += values.sum(0).double().cpu()
@@ -141,7 +161,7 @@ def _add_ablations(
     decoder: Decoder,
     batch: Batch,
     final: Tensor,
-    ablated: dict[int, Tensor],
+    ablated: Mapping[int, Tensor],
     metrics: Sequence[Metric],
     sums: dict[str, Tensor],
 ) -> None:

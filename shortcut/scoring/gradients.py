@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from shortcut.errors import ShortcutError
+from shortcut.offload import resident
 from shortcut.progress import track
 from shortcut.scoring.calibration import Batch
 from shortcut.scoring.metrics import Metric
-from shortcut.scoring.walk import Call, Decoder, check_walk, walk
+from shortcut.scoring.walk import Call, Decoder, check_walk, run_together, walk
 
 ROWS_AT_ONCE = 256  # whose logits, and their gradients, are in memory together
 
@@ -31,7 +32,8 @@ def score_weights(
     of_gradients = [metric for metric in metrics if metric.needs == "gradients"]
     for metric in (metric for metric in metrics if metric.needs == "weights"):
         for number, block in enumerate(decoder.blocks):
-            sums[metric.name][number] = sum(_total(metric, weight.detach().float()) for weight in _weights(block))
+            with resident(block):
+                sums[metric.name][number] = sum(_total(metric, weight.detach().float()) for weight in _weights(block))
     if of_gradients:
         for number, weights, gradients in _gradients(decoder, batches, quiet=quiet):
             for metric in of_gradients:
@@ -54,23 +56,35 @@ def _gradients(
     """Yield every block's number, weights, and the gradients of the loss in float32; from the last to the first."""
     with torch.no_grad(), _only_asked_for(decoder):
         check_walk(decoder, batches[0])
-        kept = [[step.before for step in walk(decoder, batch)] for batch in batches]
+        kept: list[list[Tensor]] = [[] for _ in batches]
+        run_together(decoder, [_keep_states(decoder, *pair) for pair in zip(batches, kept, strict=True)])
         calls = [decoder.calls(batch) for batch in batches]
         total = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
-        finals = [decoder.run(-1, states[-1], call[-1]) for states, call in zip(kept, calls, strict=True)]
-        upstream = [_loss_gradient(decoder, b, final, total) for b, final in zip(batches, finals, strict=True)]
+        upstream = [_loss_gradient(decoder, b, states.pop(), total) for b, states in zip(batches, kept, strict=True)]
         for number in track(range(len(decoder.blocks) - 1, -1, -1), "gradients", quiet=quiet):
-            weights = _weights(decoder.blocks[number])
-            gradients = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-            for place in range(len(batches)):
-                before = kept[place].pop()
-                upstream[place], found = _backward(decoder, number, before, calls[place][number], upstream[place])
-                for gradient, part in zip(gradients, found, strict=True):
-                    if part is not None:  # an expert that no token of this batch went to has none
-                        gradient += part
-            if not all(gradient.sum().isfinite() for gradient in gradients):
-                raise ShortcutError(f"the gradients of block {number} are not finite: use --dtype float32 or bfloat16")
-            yield number, weights, gradients
+            with resident(decoder.blocks[number]):
+                weights = _weights(decoder.blocks[number])
+                gradients = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+                for place in range(len(batches)):
+                    states, call = kept[place].pop(), calls[place][number]
+                    upstream[place], found = _backward(decoder, number, states, call, upstream[place])
+                    for gradient, part in zip(gradients, found, strict=True):
+                        if part is not None:  # an expert that no token of this batch went to has none
+                            gradient += part
+                _check_gradients(gradients, number)
+                yield number, weights, gradients
+
+
+def _keep_states(decoder: Decoder, batch: Batch, kept: list[Tensor]) -> Iterator[None]:
+    """Keep the states in front of every block, and those behind the last."""
+    for step in walk(decoder, batch):
+        kept += [step.before] if step.block + 1 < len(decoder.blocks) else [step.before, step.after]
+        yield
+
+
+def _check_gradients(gradients: Sequence[Tensor], number: int) -> None:
+    if not all(gradient.sum().isfinite() for gradient in gradients):
+        raise ShortcutError(f"the gradients of block {number} are not finite: use --dtype float32 or bfloat16")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ and goes on through the blocks behind it. All L ablations cost L (L - 1) / 2 pas
 nothing in front of a missing block is computed twice; streams go through a block several at a time, as one batch.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from shortcut.errors import ShortcutError
 from shortcut.live import Model, decode, find_blocks, forwards_replaced, hidden_input, hidden_output, output_forms
+from shortcut.offload import resident
 from shortcut.scoring.calibration import Batch
 
 TOKENS_PER_CALL = 4096  # of several streams together: more is no faster, and attention needs memory for all of them
@@ -88,11 +89,11 @@ class Decoder:
 
 
 def walk(
-    decoder: Decoder, batch: Batch, ablated: dict[int, Tensor] | None = None, missing: Collection[int] = ()
+    decoder: Decoder, batch: Batch, ablated: MutableMapping[int, Tensor] | None = None, missing: Collection[int] = ()
 ) -> Iterator[Step]:
     """Yield every block's step in order, for one batch of tokens on the model's device.
 
-    ablated: an empty dict, which at the end holds for every block the states behind the last block without it.
+    ablated: an empty mapping, which at the end holds for every block the states behind the last block without it.
     missing: blocks that are left out, and have no step.
     """
     room = max(1, TOKENS_PER_CALL // batch.ids.numel())
@@ -111,6 +112,20 @@ def walk(
             ablated[number] = hidden
         yield Step(number, hidden, after)
         hidden = after
+
+
+def run_together(decoder: Decoder, walks: Sequence[Iterator[Any]], missing: Collection[int] = ()) -> None:
+    """Take several iterators, each of which makes one step per block, through the blocks side by side.
+
+    Weights that are on the disk are read once for all of them.
+    """
+    for number in (number for number in range(len(decoder.blocks)) if number not in missing):
+        with resident(decoder.blocks[number]):
+            for steps in walks:
+                next(steps)
+    for steps in walks:
+        for _ in steps:  # what they do behind the last block
+            raise ValueError("an iterator makes more steps than there are blocks")
 
 
 def _groups(items: list[int], size: int) -> list[list[int]]:

@@ -1,0 +1,149 @@
+"""Models larger than memory: the weights of a block are read from its files when it runs, and released after.
+
+transformers loads everything but the blocks, and accelerate knows where each weight of a block is; from then on a block
+fetches its own weights before it is called and drops them when it returns. Where many calls follow each other,
+`resident` keeps them in between.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shortcut.live import Model, blocks_path, build_empty, load_model, pick_device, pick_dtype
+from shortcut.progress import say
+from shortcut.text import format_size
+
+
+def load_offloaded(folder: Path, config: Mapping[str, Any], *, scratch: Path, **loading: Any) -> Model:
+    """Load a checkpoint as `load_model` does, but for its blocks, which stay on the disk.
+
+    config: the content of its config.json; scratch: a folder for weights that have to be converted. loading: as for
+    `load_model`. Raises ShortcutError as `load_model` and `blocks_path` do.
+    """
+    own_code = loading["trust_remote_code"] and "auto_map" in config
+    empty = build_empty(config, folder if own_code else None)
+    path = blocks_path(empty)
+    places: dict[str, Any] = {f"{path}.{number}": "disk" for number in range(len(empty.get_submodule(path)))}
+    places |= dict.fromkeys(_outside(empty, path), str(pick_device(loading["device"])))
+    model = load_model(folder, **loading, places=places, scratch=scratch)
+    pool: dict[Any, list[Tensor]] = {}
+    for block in model.get_submodule(path):
+        _Resident(block, pool)
+    return model
+
+
+def _outside(model: nn.Module, path: str) -> list[str]:
+    """The names of the largest parts of a model that hold no block."""
+    names, prefix = [], ""
+    for step in path.split("."):
+        parent = model.get_submodule(prefix.removesuffix("."))
+        children = [name for name, _ in parent.named_children() if name != step]
+        own = [name for name, _ in (*parent.named_parameters(recurse=False), *parent.named_buffers(recurse=False))]
+        names += [prefix + name for name in (*children, *own)]
+        prefix += f"{step}."
+    return names
+
+
+class _Resident:
+    """The weights of one block: on the disk, or in memory while it is held or runs.
+
+    pool: memory that blocks hand on to each other. Freed instead, it would stay with the process in pieces.
+    """
+
+    def __init__(self, block: Any, pool: dict[Any, list[Tensor]]) -> None:
+        from accelerate.hooks import AlignDevicesHook
+
+        self.pool, self.holders = pool, 0
+        hooks = ((module, getattr(module, "_hf_hook", None)) for module in block.modules())
+        self.hooks = [(module, hook) for module, hook in hooks if isinstance(hook, AlignDevicesHook) and hook.offload]
+        for _, hook in self.hooks:
+            hook.offload = False  # it still moves inputs to the right device
+        block._shortcut_resident = self
+        block.register_forward_pre_hook(lambda *_: self.hold())
+        block.register_forward_hook(lambda *_: self.release(), always_call=True)
+
+    @torch.inference_mode(False)  # what is made in that mode could not have gradients later
+    def hold(self) -> None:
+        from accelerate.utils import set_module_tensor_to_device
+
+        self.holders += 1
+        for module, hook, name, tensor in self._tensors() if self.holders == 1 else ():
+            free = self.pool.setdefault((tensor.shape, tensor.dtype), [])
+            memory = free.pop() if free else torch.empty_like(tensor, device=hook.execution_device)
+            memory.copy_(hook.weights_map[name])
+            set_module_tensor_to_device(module, name, hook.execution_device, value=memory)
+
+    @torch.inference_mode(False)
+    def release(self) -> None:
+        from accelerate.utils import set_module_tensor_to_device
+
+        self.holders -= 1
+        for module, _, name, tensor in self._tensors() if self.holders == 0 else ():
+            self.pool[tensor.shape, tensor.dtype].append(tensor.detach())
+            set_module_tensor_to_device(module, name, "meta")
+
+    def _tensors(self) -> list[tuple[nn.Module, Any, str, Tensor]]:
+        from accelerate.utils import named_module_tensors
+
+        return [
+            (module, hook, name, tensor)
+            for module, hook in self.hooks
+            for name, tensor in named_module_tensors(module, recurse=False, remove_non_persistent=True)
+        ]
+
+
+@contextmanager
+def resident(block: nn.Module) -> Iterator[None]:
+    """Keep the weights of a block in memory for the length of a `with` block; nothing happens where they always are."""
+    keeper = getattr(block, "_shortcut_resident", None)
+    if keeper is None:
+        yield
+        return
+    keeper.hold()
+    try:
+        yield
+    finally:
+        keeper.release()
+
+
+@contextmanager
+def open_live(
+    folder: Path, config: Mapping[str, Any], parameters: int, *, offload: bool, quiet: bool, **loading: Any
+) -> Iterator[Model]:
+    """Load a checkpoint for the length of a `with` block; with its blocks on the disk where memory is too small.
+
+    config: the content of its config.json; parameters: how many it has; offload: leave them there in any case.
+    loading: as for `load_model`, which says what is raised.
+    """
+    device = pick_device(loading["device"])
+    dtype = pick_dtype(loading["dtype"], device)
+    size = parameters * (dtype.itemsize if isinstance(dtype, torch.dtype) else 2)
+    with TemporaryDirectory(prefix="shortcut-") as scratch:
+        if offload or size > free_memory(device):
+            room = f"{format_size(size)} of weights, {format_size(free_memory(device))} free"
+            say(f"blocks stay on the disk until they run ({room})", quiet=quiet)
+            yield load_offloaded(folder, config, scratch=Path(scratch), **loading)
+        else:
+            yield load_model(folder, **loading)
+
+
+def is_offloaded(model: Model) -> bool:
+    """Whether blocks of this model are on the disk."""
+    return any(hasattr(module, "_shortcut_resident") for module in model.modules())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    available = [line for line in lines if line.startswith("MemAvailable")]
+    if available:
+        return int(available[0].split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
