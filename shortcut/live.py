@@ -211,8 +211,11 @@ def hidden_output(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def output_forms(model: Model) -> list[Callable[[Tensor], Any]]:
-    """For every block, how it wraps the hidden states it returns, learnt from a pass over a single token."""
+def output_forms(model: Model, ids: Tensor | None = None) -> tuple[list[Callable[[Tensor], Any]], Tensor]:
+    """For every block, how it wraps the hidden states it returns; and the logits of the pass that showed it.
+
+    ids: what that pass is over, (1, tokens); a single token where none are given.
+    """
     forms: dict[nn.Module, Callable[[Tensor], Any]] = {}
 
     def learn(block: nn.Module, _: Any, output: Any) -> None:
@@ -220,9 +223,10 @@ def output_forms(model: Model) -> list[Callable[[Tensor], Any]]:
         forms[block] = lambda hidden: hidden if extra is None else (hidden, *[None] * extra)
 
     blocks = find_blocks(model)
+    ids = torch.zeros(1, 1, dtype=torch.long) if ids is None else ids
     with ExitStack() as stack:
         for block in blocks:
             stack.callback(block.register_forward_hook(learn).remove)
         with torch.no_grad():
-            decode(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    return [forms[block] for block in blocks]
+            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return [forms[block] for block in blocks], logits

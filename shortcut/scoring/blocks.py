@@ -17,7 +17,7 @@ from shortcut.scoring.calibration import Batch
 from shortcut.scoring.gradients import score_weights
 from shortcut.scoring.metrics import Metric, pairwise_cosines
 from shortcut.scoring.store import Budget, Store
-from shortcut.scoring.walk import Decoder, check_walk, run_together, walk
+from shortcut.scoring.walk import Decoder, run_together, walk
 
 TOKENS_AT_ONCE = 64  # for pairwise cosines: the stack of their states fits a processor's cache
 STATES_IN_MEMORY = 1 << 28  # bytes of hidden states, where the blocks are on the disk; the others go there too
@@ -73,7 +73,6 @@ def _score_walked(
     decoder: Decoder, batches: Sequence[Batch], metrics: Sequence[Metric], missing: Collection[int] = (), *, quiet: bool
 ) -> dict[str, tuple[float, ...] | Triangle]:
     """missing: blocks that are left out; their scores mean nothing."""
-    check_walk(decoder, batches[0])
     depth = len(decoder.blocks)
     shapes = {metric.name: (depth + 1, depth + 1) if metric.needs == "spans" else (depth,) for metric in metrics}
     sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}

@@ -16,7 +16,7 @@ from shortcut.offload import resident
 from shortcut.progress import track
 from shortcut.scoring.calibration import Batch
 from shortcut.scoring.metrics import Metric
-from shortcut.scoring.walk import Call, Decoder, check_walk, run_together, walk
+from shortcut.scoring.walk import Call, Decoder, run_together, walk
 
 ROWS_AT_ONCE = 256  # whose logits, and their gradients, are in memory together
 
@@ -55,7 +55,6 @@ def _gradients(
 ) -> Iterator[tuple[int, list[nn.Parameter], list[Tensor]]]:
     """Yield every block's number, weights, and the gradients of the loss in float32; from the last to the first."""
     with torch.no_grad(), _only_asked_for(decoder):
-        check_walk(decoder, batches[0])
         kept: list[list[Tensor]] = [[] for _ in batches]
         run_together(decoder, [_keep_states(decoder, *pair) for pair in zip(batches, kept, strict=True)])
         calls = [decoder.calls(batch) for batch in batches]

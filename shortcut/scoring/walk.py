@@ -23,6 +23,7 @@ from shortcut.offload import resident
 from shortcut.scoring.calibration import Batch
 
 TOKENS_PER_CALL = 4096  # of several streams together: more is no faster, and attention needs memory for all of them
+TOLERANCE = 0.05  # of the largest log probability: far above what reordered sums do, also in bfloat16
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -46,8 +47,22 @@ class Decoder:
 
     @classmethod
     def of(cls, model: Model) -> "Decoder":
-        """Take a model apart. Raises ShortcutError where its blocks cannot be told."""
-        return cls(model, find_blocks(model), tuple(output_forms(model)))
+        """Take a model apart, and make sure on a few tokens that its parts make up the whole.
+
+        Raises ShortcutError where its blocks cannot be told, and where they hand on more than hidden states, so that
+        they cannot be run one by one.
+        """
+        ids = torch.arange(8, device=model.device)[None]
+        forms, logits = output_forms(model, ids)
+        decoder = cls(model, find_blocks(model), tuple(forms))
+        with torch.no_grad():
+            *_, last = walk(decoder, Batch(ids, torch.ones_like(ids, dtype=torch.bool)))
+            walked, expected = decoder.predict(last.after[0]), torch.log_softmax(logits[0].float(), dim=-1)
+        difference = (walked - expected).abs().max().item()
+        if difference > TOLERANCE * expected.abs().max().item():
+            fault = f"log probabilities differ by {difference:.3g}"
+            raise ShortcutError(f"the blocks of {model.config.model_type} cannot be run one by one: {fault}")
+        return decoder
 
     def calls(self, batch: Batch) -> list[Call]:
         """What every block is called with in a forward pass of this batch; the blocks themselves do not run."""
@@ -130,20 +145,3 @@ def run_together(decoder: Decoder, walks: Sequence[Iterator[Any]], missing: Coll
 
 def _groups(items: list[int], size: int) -> list[list[int]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def check_walk(decoder: Decoder, batch: Batch) -> None:
-    """Make sure, on a few tokens, that walking through this model's blocks gives what the model itself gives.
-
-    Raises ShortcutError where it does not: blocks that hand on more than hidden states cannot be called one by one.
-    """
-    ids = batch.ids[:1, : min(8, int(batch.mask[0].sum()))]
-    *_, last = walk(decoder, Batch(ids, torch.ones_like(ids, dtype=torch.bool)))
-    walked = decoder.predict(last.after[0])
-    expected = torch.log_softmax(decoder.model(input_ids=ids, use_cache=False).logits[0].float(), dim=-1)
-    difference = (walked - expected).abs().max().item()
-    if difference > 0.05 * expected.abs().max().item():
-        family = decoder.model.config.model_type
-        raise ShortcutError(
-            f"the blocks of {family} cannot be run one by one: the log probabilities differ by {difference:.3g}"
-        )

@@ -22,7 +22,7 @@ def preview(model: Model, plan: Plan) -> Iterator[Model]:
     blocks = find_blocks(model)
     if len(blocks) != plan.base.blocks:
         raise ShortcutError(f"the plan is for {plan.base.blocks} blocks and the model has {len(blocks)}")
-    forms = output_forms(model)
+    forms, _ = output_forms(model)
     bypasses = {blocks[i]: _bypass(forms[i]) for i in plan.dropped}
     with forwards_replaced(bypasses), _without_cache_entries(model, plan):
         yield model

@@ -5,19 +5,23 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hub library is imported
 
 import statistics
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shortcut.live import Model, decode, load_model, load_tokenizer
+from shortcut.offload import open_live
 from shortcut.scoring.blocks import score_blocks
 from shortcut.scoring.calibration import Batch, Source, make_batches, make_calibration
 from shortcut.scoring.metrics import METRICS, angular_distance, block_influence, l2, relative_magnitude, variance
 from shortcut.sources import embedded_model, open_model
+from shortcut.surgery.checkpoint import read_checkpoint
 from tests.bench.rounds import THREADS, compare, emit, take_turns, timed
 
-RUNS, SLOW_RUNS = 5, 3
+RUNS, SLOW_RUNS, ABLATION_RUNS = 5, 3, 2
 SAMPLES, LENGTH, BATCH = 8, 512, 4
 
 
@@ -27,17 +31,51 @@ def main() -> None:
     calibration = make_calibration(load_tokenizer(folder), Source(), samples=SAMPLES, length=LENGTH)
     model = load_model(folder, device="cpu", dtype="float32")
     batches = make_batches(calibration, BATCH, model.device)
-    metrics = list(METRICS.values())
+    metrics = [metric for metric in METRICS.values() if metric.needs in ("states", "spans")]
     check_agreement(score_blocks(model, batches, metrics), score_by_hand(model, batches))  # and warms up
 
     def walk() -> float:
         return timed(lambda: score_blocks(model, batches, metrics))
 
-    what = f"SmolLM2-135M, {SAMPLES} x {LENGTH} tokens, float32, {THREADS} thread, {len(METRICS)} metrics"
+    what = f"SmolLM2-135M, {SAMPLES} x {LENGTH} tokens, float32, {THREADS} thread, {len(metrics)} metrics"
     plain = take_turns(RUNS, walk, lambda: timed(lambda: forward(model, batches)))
     emit("score", what, rival="forward of the decoder alone", **compare(*plain), bound=1.10)
     by_hand = take_turns(SLOW_RUNS, walk, lambda: timed(lambda: score_by_hand(model, batches)))
     emit("score", what, rival="output_hidden_states, metrics in a loop", **compare(*by_hand))
+    compare_ablations(model, [Batch(batches[0].ids[:2, :256], batches[0].mask[:2, :256])])
+    compare_offloaded(folder, batches, walk)
+
+
+def compare_ablations(model: Model, batches: list[Batch]) -> None:
+    """Every block taken out, against a forward pass of the whole model for each, and one for the base."""
+    passes = len(model.model.layers) + 1
+
+    def forwards() -> float:
+        return timed(lambda: [whole_forward(model, batches) for _ in range(passes)])
+
+    count, length = batches[0].ids.shape
+    size = f"SmolLM2-135M, {count} x {length} tokens, float32, {THREADS} thread, all blocks"
+    for name, bound in (("kl", 0.6), ("perplexity", 0.75)):
+        timings = take_turns(
+            ABLATION_RUNS, lambda name=name: timed(lambda: score_blocks(model, batches, [METRICS[name]])), forwards
+        )
+        emit("score", f"{name}, {size}", rival=f"{passes} forward passes", **compare(*timings), bound=bound)
+
+
+def compare_offloaded(folder: Path, batches: list[Batch], walk: Callable[[], float]) -> None:
+    """Blocks read from the disk (the page cache, here) when they run, against blocks in memory."""
+    checkpoint, metrics = read_checkpoint(folder), [m for m in METRICS.values() if m.needs in ("states", "spans")]
+    loading = {"device": "cpu", "dtype": "float32", "trust_remote_code": False, "quiet": True}
+    with open_live(folder, checkpoint.config, checkpoint.parameters, offload=True, **loading) as model:
+        timings = take_turns(RUNS, lambda: timed(lambda: score_blocks(model, batches, metrics)), walk)
+    what = f"SmolLM2-135M, {SAMPLES} x {LENGTH} tokens, float32, {THREADS} thread, blocks on the disk"
+    emit("score", what, rival="blocks in memory", **compare(*timings), bound=1.5)
+
+
+@torch.inference_mode()
+def whole_forward(model: Model, batches: list[Batch]) -> None:
+    for batch in batches:
+        model(input_ids=batch.ids, use_cache=False)
 
 
 @torch.inference_mode()
