@@ -27,6 +27,7 @@ from shortcut import __version__, commands, measure, road
 from shortcut.arguments import Option, UsageError, bind, options_of
 from shortcut.errors import ShortcutError
 from shortcut.option_help import OPTION_HELP
+from shortcut.processes import are_several, is_writer
 
 Command = Callable[..., Any]
 COMMANDS: dict[str, Command] = {
@@ -63,10 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if {"-h", "--help"} & set(words):
             print(_help(COMMANDS[words[0]]))
             return 0
+        if are_several() and COMMANDS[words[0]] is not measure.score:
+            raise UsageError(f"{words[0]} runs in one process; torchrun is for score")
         as_json = "--json" in words
         call = _parse([word for word in words if word != "--json"])
         result = call()
-        print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) if as_json else result)
+        if is_writer():
+            print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) if as_json else result)
         sys.stdout.flush()
     except UsageError as error:
         return _fail(f"{error} (shortcut {words[0] if words[0] in COMMANDS else ''} --help)".replace("  ", " "), 2)

@@ -1,6 +1,7 @@
 """A live model: loading it so that nothing is silently random, finding its blocks, standing in for their forward."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -32,9 +33,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def pick_device(device: str) -> torch.device:
-    """The device of this name; "auto" is the first GPU, else the CPU. Raises ShortcutError for one not there."""
+    """The device of this name; "auto" is a GPU, else the CPU. Raises ShortcutError for one not there.
+
+    Of several processes on one machine, each takes its own GPU.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
+        return torch.device("cuda", own) if torch.cuda.is_available() else torch.device("cpu")
     try:
         picked = torch.device(device)
         torch.empty(0, device=picked)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from shortcut.choose.rules import Select, parse_candidates, parse_rules
 from shortcut.commands import plan
 from shortcut.errors import ShortcutError
+from shortcut.processes import is_writer, writer_first
 from shortcut.progress import say
 from shortcut.records.blocks import parse_blocks
 from shortcut.records.plan import Plan
@@ -60,7 +61,8 @@ def score(
 
     metrics = pick_metrics(metric)
     pick_dtype(dtype, pick_device(device))
-    checkpoint = open_model(model, revision, quiet=quiet)
+    with writer_first():  # it may have to fetch or convert
+        checkpoint = open_model(model, revision, quiet=quiet)
     may_go = parse_candidates(candidates, protect, checkpoint.base.blocks)
     if greedy:
         check_greedy(metrics[0], greedy, len(may_go), checkpoint.base.blocks)
@@ -70,9 +72,9 @@ def score(
     say(f"scoring {checkpoint.base.blocks} blocks of {checkpoint.name} on {calibration.tokens} tokens", quiet=quiet)
     with start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
         scores = make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
-    if out is not None:
+    if out is not None and is_writer():
         write_text(out, format_scores(scores))
-    if plot is not None:
+    if plot is not None and is_writer():
         from shortcut.publish.plots import draw_scores
 
         draw_scores(scores, plot)

@@ -12,7 +12,8 @@ import shortcut
 
 PACKAGE = Path(shortcut.__file__).parent
 FLOORS = [
-    {"errors", "text", "progress", "arguments", "option_help"},
+    {"errors", "text", "processes", "arguments", "option_help"},
+    {"progress"},
     {"records", "anatomy", "live"},
     {"offload"},
     {"surgery", "scoring"},

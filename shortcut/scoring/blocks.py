@@ -11,6 +11,7 @@ from torch import Tensor
 from shortcut.errors import ShortcutError
 from shortcut.live import Model
 from shortcut.offload import free_memory, is_offloaded
+from shortcut.processes import add_up, share
 from shortcut.progress import track
 from shortcut.records.scores import Triangle
 from shortcut.scoring.calibration import Batch
@@ -77,7 +78,8 @@ def _score_walked(
     shapes = {metric.name: (depth + 1, depth + 1) if metric.needs == "spans" else (depth,) for metric in metrics}
     sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
     together = is_offloaded(decoder.model)
-    groups = [batches] if together else [[batch] for batch in track(batches, "scoring", quiet=quiet)]
+    own = share(batches)
+    groups = [own] if together else [[batch] for batch in track(own, "scoring", quiet=quiet)]
     room = STATES_IN_MEMORY if together else free_memory(decoder.model.device) // 2
     for group in groups:
         with TemporaryDirectory(prefix="shortcut-") as folder:
@@ -85,7 +87,7 @@ def _score_walked(
             run_together(decoder, [_measure(decoder, b, metrics, missing, sums, budget) for b in group], missing)
     scores: dict[str, tuple[float, ...] | Triangle] = {}
     for metric in metrics:
-        mean = sums[metric.name] / sum(int(chosen(metric, batch).sum()) for batch in batches)
+        mean = add_up(sums[metric.name]) / sum(int(chosen(metric, batch).sum()) for batch in batches)
         if metric.needs == "spans":
             scores[metric.name] = tuple(tuple(mean.diagonal(length).tolist()) for length in range(1, depth + 1))
         else:

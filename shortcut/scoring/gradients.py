@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shortcut.errors import ShortcutError
 from shortcut.offload import resident
+from shortcut.processes import add_up, share
 from shortcut.progress import track
 from shortcut.scoring.calibration import Batch
 from shortcut.scoring.metrics import Metric
@@ -55,10 +56,11 @@ def _gradients(
 ) -> Iterator[tuple[int, list[nn.Parameter], list[Tensor]]]:
     """Yield every block's number, weights, and the gradients of the loss in float32; from the last to the first."""
     with torch.no_grad(), _only_asked_for(decoder):
+        total = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
+        batches = share(batches)
         kept: list[list[Tensor]] = [[] for _ in batches]
         run_together(decoder, [_keep_states(decoder, *pair) for pair in zip(batches, kept, strict=True)])
         calls = [decoder.calls(batch) for batch in batches]
-        total = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
         upstream = [_loss_gradient(decoder, b, states.pop(), total) for b, states in zip(batches, kept, strict=True)]
         for number in track(range(len(decoder.blocks) - 1, -1, -1), "gradients", quiet=quiet):
             with resident(decoder.blocks[number]):
@@ -70,6 +72,7 @@ def _gradients(
                     for gradient, part in zip(gradients, found, strict=True):
                         if part is not None:  # an expert that no token of this batch went to has none
                             gradient += part
+                gradients = [add_up(gradient) for gradient in gradients]
                 _check_gradients(gradients, number)
                 yield number, weights, gradients
 
