@@ -20,18 +20,17 @@ def say(message: str, *, quiet: bool) -> None:
 
 def track(items: Iterable[T], label: str, *, total: int | None = None, quiet: bool) -> Iterable[T]:
     """Go through items with a progress bar; none where stderr is not a terminal."""
-    return tqdm(items, label, total=total, leave=False, disable=True if quiet or not is_writer() else None)
+    return tqdm(items, label, total=total, leave=False, disable=_silent(quiet=quiet))
 
 
 @contextmanager
 def byte_bar(total: int, label: str, *, quiet: bool) -> Iterator[Callable[[int], object]]:
     """A progress bar over bytes; gives the function that advances it."""
-    with tqdm(
-        total=total,
-        desc=label,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        disable=True if quiet or not is_writer() else None,
-    ) as bar:
+    options = {"unit": "B", "unit_scale": True, "leave": False, "disable": _silent(quiet=quiet)}
+    with tqdm(total=total, desc=label, **options) as bar:
         yield bar.update
+
+
+def _silent(*, quiet: bool) -> bool | None:
+    """For tqdm: yes, or where stderr is no terminal."""
+    return True if quiet or not is_writer() else None

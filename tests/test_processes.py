@@ -47,7 +47,7 @@ def test_the_work_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("RANK", str(rank))
         assert is_writer() == (rank == 0)
         parts.append(share(list(range(8))))
-    assert sorted(sum(parts, [])) == list(range(8))
+    assert sorted(item for part in parts for item in part) == list(range(8))
 
 
 def test_other_commands_run_in_one_process(
