@@ -5,10 +5,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shortcut import __version__
 from shortcut.choose.rules import Select, parse_candidates, parse_rules
 from shortcut.commands import plan
 from shortcut.errors import ShortcutError
-from shortcut.processes import is_writer, writer_first
+from shortcut.processes import is_writer, own_part, writer_first
 from shortcut.progress import say
 from shortcut.records.blocks import parse_blocks
 from shortcut.records.plan import Plan
@@ -110,26 +111,43 @@ def make_scores(
     *,
     quiet: bool = False,
 ) -> Scores:
-    """Score the blocks of a live model, and leave some out one by one. Raises ShortcutError as `score_blocks` does."""
+    """Score the blocks of a live model, and leave some out one by one; goes on where an equal run was killed.
+
+    Raises ShortcutError as `score_blocks` does.
+    """
     from shortcut.scoring.blocks import remove_greedily, score_blocks
     from shortcut.scoring.calibration import make_batches
+    from shortcut.scoring.partial import Partials
 
     batches = make_batches(calibration, batch_size, live.device)
-    found = score_blocks(live, batches, metrics, quiet=quiet)
-    order = dict(remove_greedily(live, batches, metrics[0], greedy, may_go, quiet=quiet)) if greedy else {}
+    settings = {"device": str(live.device), "dtype": str(live.dtype).removeprefix("torch."), "batch_size": batch_size}
+    partials = Partials({**settings, **identify(checkpoint), "calibration": calibration.hash, "part": own_part()})
+    how: dict[str, Any] = {"partials": partials, "quiet": quiet}
+    found = score_blocks(live, batches, metrics, **how)
+    order = dict(remove_greedily(live, batches, metrics[0], greedy, may_go, **how)) if greedy else {}
+    partials.forget()
     return Scores(
         base=checkpoint.base,
         parameters=checkpoint.parameters,
         block_parameters=checkpoint.block_parameters,
         metrics=found,
         calibration=calibration.record(),
-        settings={
-            "device": str(live.device),
-            "dtype": str(live.dtype).removeprefix("torch."),
-            "batch_size": batch_size,
-        },
+        settings=settings,
         orders={metrics[0].name: tuple(order)} if greedy else {},
     )
+
+
+def identify(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells the weights of a checkpoint from others, and this program from others."""
+    import torch
+    import transformers
+
+    states = {file.path: file.path.stat() for file in checkpoint.files}
+    return {
+        "files": [(str(path), state.st_size, state.st_mtime_ns) for path, state in states.items()],
+        "config": dict(checkpoint.config),
+        "versions": [__version__, torch.__version__, transformers.__version__],
+    }
 
 
 def plans_by_rules(scores: Scores, rules: Sequence[Select], **how: Any) -> list[Plan]:

@@ -27,9 +27,15 @@ def is_writer() -> bool:
     return int(os.environ.get("RANK", "0")) == 0 or not are_several()
 
 
+def own_part() -> tuple[int, int]:
+    """Which part of the work is this process's, of how many."""
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if are_several() else (0, 1)
+
+
 def share(items: Sequence[T]) -> Sequence[T]:
     """This process's part of the work."""
-    return items[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])] if are_several() else items
+    first, step = own_part()
+    return items[first::step]
 
 
 def add_up(values: "Tensor") -> "Tensor":

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -26,7 +26,7 @@ def track(items: Iterable[T], label: str, *, total: int | None = None, quiet: bo
 @contextmanager
 def byte_bar(total: int, label: str, *, quiet: bool) -> Iterator[Callable[[int], object]]:
     """A progress bar over bytes; gives the function that advances it."""
-    options = {"unit": "B", "unit_scale": True, "leave": False, "disable": _silent(quiet=quiet)}
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "disable": _silent(quiet=quiet)}
     with tqdm(total=total, desc=label, **options) as bar:
         yield bar.update
 

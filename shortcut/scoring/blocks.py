@@ -17,6 +17,7 @@ from shortcut.records.scores import Triangle
 from shortcut.scoring.calibration import Batch
 from shortcut.scoring.gradients import score_weights
 from shortcut.scoring.metrics import Metric, pairwise_cosines
+from shortcut.scoring.partial import Partials
 from shortcut.scoring.store import Budget, Store
 from shortcut.scoring.walk import Decoder, run_together, walk
 
@@ -26,18 +27,23 @@ LOGITS_AT_ONCE = 1 << 22  # log probabilities of one stream in memory: 16 MB; mo
 
 
 def score_blocks(
-    model: Model, batches: Sequence[Batch], metrics: Sequence[Metric], *, quiet: bool = True
+    model: Model,
+    batches: Sequence[Batch],
+    metrics: Sequence[Metric],
+    *,
+    partials: Partials | None = None,
+    quiet: bool = True,
 ) -> dict[str, tuple[float, ...] | Triangle]:
     """Score every block, and every span for metrics that know spans.
 
     Returns per metric (blocks,) or the triangle of `Scores`: means over tokens or sequences, summed in float64. What
-    needs states, spans or logits shares one walk over the batches. Raises ShortcutError where the model's activations
-    are not finite, and where its blocks cannot be run one by one.
+    needs states, spans or logits shares one walk over the batches, which goes on from `partials`. Raises ShortcutError
+    where the model's activations are not finite, and where its blocks cannot be run one by one.
     """
     decoder = Decoder.of(model)
     of_weights = [metric for metric in metrics if metric.needs in ("gradients", "weights")]
     walked = [metric for metric in metrics if metric not in of_weights]
-    found = _score_walked(decoder, batches, walked, quiet=quiet) if walked else {}
+    found = _score_walked(decoder, batches, walked, partials=partials, quiet=quiet) if walked else {}
     if of_weights:
         found |= score_weights(decoder, batches, of_weights, quiet=quiet)
     return {metric.name: found[metric.name] for metric in metrics}
@@ -52,7 +58,14 @@ def check_greedy(metric: Metric, count: int, candidates: int, depth: int) -> Non
 
 
 def remove_greedily(
-    model: Model, batches: Sequence[Batch], metric: Metric, count: int, candidates: Iterable[int], *, quiet: bool = True
+    model: Model,
+    batches: Sequence[Batch],
+    metric: Metric,
+    count: int,
+    candidates: Iterable[int],
+    *,
+    partials: Partials | None = None,
+    quiet: bool = True,
 ) -> Iterator[tuple[int, float]]:
     """Remove the block that scores lowest, score what remains, and so on; yields each block and its score then (SLEB).
 
@@ -62,7 +75,7 @@ def remove_greedily(
     decoder, left, missing = Decoder.of(model), set(candidates), set[int]()
     check_greedy(metric, count, len(left), len(decoder.blocks))
     for _ in track(range(count), "removing", quiet=quiet):
-        scores: Any = _score_walked(decoder, batches, [metric], missing, quiet=True)[metric.name]
+        scores: Any = _score_walked(decoder, batches, [metric], missing, partials=partials, quiet=True)[metric.name]
         lowest = min(left, key=lambda block: (scores[block], -block))
         yield lowest, scores[lowest]
         left.remove(lowest)
@@ -71,7 +84,13 @@ def remove_greedily(
 
 @torch.inference_mode()
 def _score_walked(
-    decoder: Decoder, batches: Sequence[Batch], metrics: Sequence[Metric], missing: Collection[int] = (), *, quiet: bool
+    decoder: Decoder,
+    batches: Sequence[Batch],
+    metrics: Sequence[Metric],
+    missing: Collection[int] = (),
+    *,
+    partials: Partials | None,
+    quiet: bool,
 ) -> dict[str, tuple[float, ...] | Triangle]:
     """missing: blocks that are left out; their scores mean nothing."""
     depth = len(decoder.blocks)
@@ -79,12 +98,16 @@ def _score_walked(
     sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
     together = is_offloaded(decoder.model)
     own = share(batches)
-    groups = [own] if together else [[batch] for batch in track(own, "scoring", quiet=quiet)]
+    groups = [own] if together else [[batch] for batch in own]
+    kept = partials.of(metrics, missing) if partials else None
+    done = kept.restore(sums) if kept else 0
     room = STATES_IN_MEMORY if together else free_memory(decoder.model.device) // 2
-    for group in groups:
+    for number, group in enumerate(track(groups[done:], "scoring", quiet=quiet), done + 1):
         with TemporaryDirectory(prefix="shortcut-") as folder:
             budget = Budget(room, Path(folder))
             run_together(decoder, [_measure(decoder, b, metrics, missing, sums, budget) for b in group], missing)
+        if kept:
+            kept.save(sums, number)
     scores: dict[str, tuple[float, ...] | Triangle] = {}
     for metric in metrics:
         mean = add_up(sums[metric.name]) / sum(int(chosen(metric, batch).sum()) for batch in batches)

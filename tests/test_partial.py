@@ -1,0 +1,102 @@
+"""A run that was killed goes on where it stopped, with the scores of one that never was."""
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+import shortcut
+from shortcut.scoring import blocks
+from shortcut.scoring.metrics import METRICS, Metric
+from shortcut.scoring.partial import Partial, Partials
+from shortcut.scoring.walk import run_together
+
+TEXT: dict[str, Any] = {"samples": 6, "length": 24, "batch_size": 1, "quiet": True}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "shortcut" / "partial"
+
+
+class Walks:
+    """How many walks over a batch there were, and after how many the run is killed."""
+
+    count = 0
+    limit = 1000
+
+
+@pytest.fixture
+def walks(monkeypatch: pytest.MonkeyPatch) -> Walks:
+    """Counts walks, and kills."""
+    walks = Walks()
+
+    def count(*arguments: Any) -> None:
+        if walks.count == walks.limit:
+            raise KeyboardInterrupt
+        run_together(*arguments)
+        walks.count += 1
+
+    monkeypatch.setattr(blocks, "run_together", count)
+    return walks
+
+
+@pytest.mark.parametrize("killed_after", [1, 4, 8, 14])
+def test_a_killed_run_goes_on(killed_after: int, llama: Path, cache: Path, walks: Walks) -> None:
+    """Bit for bit the scores of an uninterrupted run; no batch is walked twice; nothing stays in the cache."""
+    options = {"metric": "kl,angular,block-influence", "greedy": 2, **TEXT}
+    expected = shortcut.score(llama, **options)
+    assert walks.count == 6 + 2 * 6
+    assert list(cache.iterdir()) == []
+
+    walks.count, walks.limit = 0, killed_after
+    with pytest.raises(KeyboardInterrupt):
+        shortcut.score(llama, **options)
+    walks.limit = 1000
+    assert shortcut.score(llama, **options) == expected
+    assert walks.count == 6 + 2 * 6
+    assert list(cache.iterdir()) == []
+
+
+def test_partial_sums_are_for_the_same_run_only(llama: Path, cache: Path, walks: Walks) -> None:
+    """Another text, metric, size of batches or type starts from nothing."""
+    walks.limit = 3
+    with pytest.raises(KeyboardInterrupt):
+        shortcut.score(llama, metric="l2", **TEXT)
+    walks.limit = 1000
+    assert len(list(cache.iterdir())) == 1
+    for other in ({"seed": 1}, {"batch_size": 2}, {"dtype": "bfloat16"}, {"metric": "l2,variance"}):
+        walks.count = 0
+        options = {"metric": "l2", **TEXT, **other}
+        shortcut.score(llama, **options)
+        assert walks.count == 6 // options["batch_size"]
+    assert len(list(cache.iterdir())) == 1  # of the run that was killed
+
+
+def test_what_names_a_run() -> None:
+    """Key, metrics with their functions, and missing blocks decide; the order of missing blocks does not."""
+    partials = Partials({"a": 1})
+    one = partials.of([METRICS["l2"]], [1, 2])
+    assert partials.of([METRICS["l2"]], [2, 1]) == one
+    assert Partials({"a": 2}).of([METRICS["l2"]], [1, 2]) != one
+    assert partials.of([METRICS["kl"]], [1, 2]) != one
+    own = Metric("l2", lambda x, y: y - x + 7, "states", "all", "", "")
+    assert partials.of([own], [1, 2]) != one
+
+
+def test_damaged_sums_count_as_none(tmp_path: Path) -> None:
+    """A file that is half there, of other metrics or of other sizes is computed again."""
+    partial, sums = Partial(tmp_path / "p.pt"), {"l2": torch.ones(3)}
+    assert partial.restore(sums) == 0
+    partial.save({"l2": torch.full((3,), 5.0)}, 2)
+    assert partial.restore({"l2": torch.ones(4)}) == 0
+    assert partial.restore({"kl": torch.ones(3)}) == 0
+    assert partial.restore(sums) == 2
+    assert sums["l2"].tolist() == [5.0] * 3
+    partial.path.write_bytes(partial.path.read_bytes()[:100])
+    assert partial.restore(sums) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["p.pt"]
