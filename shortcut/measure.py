@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ def score(
     *,
     metric: str = "block-influence,angular",
     greedy: int = 0,
+    stability: int = 0,
     protect: str = "none",
     candidates: str = "all",
     data: str = "default",
@@ -54,11 +56,13 @@ def score(
     Metrics of what goes into blocks and comes out share one walk through them, at the cost of about one forward pass;
     `shortcut metrics` says what others cost. Metrics of spans (angular, angular-all) score every span of every length;
     the table shows single blocks, --out and --plot all. --greedy N goes on: by the first metric, the block that scores
-    lowest is left out, the rest is scored again, and so on, N times.
+    lowest is left out, the rest is scored again, and so on, N times. --stability K scores K parts of the text as well,
+    and says how far they agree.
     """
     from shortcut.live import pick_device, pick_dtype
     from shortcut.scoring.blocks import check_greedy
     from shortcut.scoring.metrics import pick_metrics
+    from shortcut.scoring.stability import agreements, split_evenly
 
     metrics = pick_metrics(metric)
     pick_dtype(dtype, pick_device(device))
@@ -70,9 +74,14 @@ def score(
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
     calibration = take_text(checkpoint, (data, split, column), samples, **text)
+    parts = split_evenly(calibration, stability) if stability else []
     say(f"scoring {checkpoint.base.blocks} blocks of {checkpoint.name} on {calibration.tokens} tokens", quiet=quiet)
     with start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
         scores = make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
+        if parts:
+            alone = [make_scores(checkpoint, live, part, metrics, batch_size, quiet=quiet).metrics for part in parts]
+            agreed = {"parts": stability, **agreements(alone)}
+            scores = replace(scores, settings={**scores.settings, "stability": agreed})
     if out is not None and is_writer():
         write_text(out, format_scores(scores))
     if plot is not None and is_writer():

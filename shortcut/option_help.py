@@ -30,6 +30,7 @@ OPTION_HELP = {
     "lowest one by one with the rest scored again each time; where several are tried, with commas, auto being all but "
     "greedy",
     "greedy": "how many blocks to leave out one by one, by the first metric, scoring the rest again each time",
+    "stability": "how many parts of the text to score alone as well, to see whether they rank the blocks alike",
     "candidates": 'blocks that may go: "4-27", or all',
     "protect": 'blocks that must stay: "0-3,30-31", or plus for the first four and the last two',
     "plan": "a plan.yaml of `shortcut plan`",

@@ -60,6 +60,10 @@ class Scores:
         rows = [[block, *(f"{column[block]:.4f}" for column in columns)] for block in range(self.base.blocks)]
         table = format_table(["block", *self.metrics], rows, left=0)
         orders = [f"one by one, by {metric}: {', '.join(map(str, blocks))}" for metric, blocks in self.orders.items()]
+        stable = self.settings.get("stability")
+        if isinstance(stable, dict):
+            agreed = ", ".join(f"{name} {value:.2f}" for name, value in stable.items() if name != "parts")
+            orders.append(f"rank agreement of {stable.get('parts')} parts of the text (1 is full): {agreed}")
         return "\n".join([table, *([""] if orders else []), *orders])
 
     def to_dict(self) -> dict[str, Any]:
