@@ -17,8 +17,8 @@ from shortcut.anatomy import find_anatomy
 from shortcut.errors import ShortcutError
 
 Model = Any  # a PreTrainedModel of transformers, which mypy does not follow
-# What loading code of transformers raises for a config or checkpoint that is not right.
-_LOADING_ERRORS = (
+# What code of transformers raises for a config, a checkpoint or a call that is not right.
+LOADING_ERRORS = (
     OSError,
     ValueError,
     KeyError,
@@ -87,7 +87,7 @@ def load_model(
         model, info = _auto_class(family).from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **options
         )
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise ShortcutError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if wrong := sorted(map(str, info.get(kind) or ())):
@@ -123,7 +123,7 @@ def build_empty(content: Mapping[str, Any], code: Path | None = None) -> Model:
                 if code is None and named is not None:
                     return named._from_config(config)
                 return _auto_class(config.model_type).from_config(config, trust_remote_code=code is not None)
-        except _LOADING_ERRORS as error:
+        except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())[:300]
             raise ShortcutError(f"transformers cannot build this config: {reason}") from None
 
@@ -143,7 +143,7 @@ def _read_config(folder: Path, code: Path | None) -> Any:
     transformers.utils.logging.set_verbosity_error()
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=code is not None)
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise ShortcutError(f"transformers cannot read this config: {reason}") from None
 
@@ -185,7 +185,9 @@ def blocks_path(model: Model) -> str:
 
 def find_decoder(model: Model) -> nn.Module:
     """The part of the model that turns token ids into hidden states: all but the vocabulary projection."""
-    return model.get_decoder() or model.base_model
+    decoder, blocks = model.get_decoder(), find_blocks(model)
+    holds_blocks = decoder is not None and any(module is blocks for module in decoder.modules())
+    return decoder if holds_blocks else model.base_model
 
 
 def decode(model: Model, ids: Tensor, mask: Tensor | None = None) -> Any:
@@ -212,8 +214,8 @@ def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def hidden_output(output: Any) -> Tensor:
-    """The hidden states in what a block returns: a tensor, or a tuple that starts with it."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden states in what a block returns: a tensor, or a row of values that starts with it."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def output_forms(model: Model, ids: Tensor | None = None) -> tuple[list[Callable[[Tensor], Any]], Tensor]:
@@ -224,7 +226,7 @@ def output_forms(model: Model, ids: Tensor | None = None) -> tuple[list[Callable
     forms: dict[nn.Module, Callable[[Tensor], Any]] = {}
 
     def learn(block: nn.Module, _: Any, output: Any) -> None:
-        extra = len(output) - 1 if isinstance(output, tuple) else None
+        extra = len(output) - 1 if isinstance(output, tuple | list) else None
         forms[block] = lambda hidden: hidden if extra is None else (hidden, *[None] * extra)
 
     blocks = find_blocks(model)

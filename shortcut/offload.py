@@ -5,6 +5,7 @@ fetches its own weights before it is called and drops them when it returns. Wher
 `resident` keeps them in between.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ def load_offloaded(folder: Path, config: Mapping[str, Any], *, scratch: Path, **
     path = blocks_path(empty)
     places: dict[str, Any] = {f"{path}.{number}": "disk" for number in range(len(empty.get_submodule(path)))}
     places |= dict.fromkeys(_outside(empty, path), str(pick_device(loading["device"])))
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is meant
     model = load_model(folder, **loading, places=places, scratch=scratch)
     pool: dict[Any, list[Tensor]] = {}
     for block in model.get_submodule(path):

@@ -21,7 +21,7 @@ def bypassed(model: Any, dropped: Iterable[int]) -> Iterator[None]:
 
     def hand_on(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
 
     blocks = blocks_of(model)
     handles = [blocks[i].register_forward_hook(hand_on, with_kwargs=True) for i in dropped]

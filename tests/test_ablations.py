@@ -11,11 +11,12 @@ import torch
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
 from shortcut.scoring.blocks import score_blocks
-from shortcut.scoring.calibration import make_batches
+from shortcut.scoring.calibration import Calibration, Source, make_batches
 from shortcut.scoring.metrics import METRICS, Metric, add_metric
 from shortcut.scoring.walk import Decoder, walk
 from tests.conftest import DEPTH, FAMILIES
 from tests.reference import blocks_of, bypassed, logits
+from tests.sweep.tiny import tiny_model
 from tests.test_score import sequences_of
 
 OF_LOGITS = [metric for metric in METRICS.values() if metric.needs == "logits"]
@@ -126,3 +127,29 @@ def test_models_that_cannot_be_walked_are_refused(llama: Path) -> None:
     model.model.norm.register_forward_hook(lambda _, args, output: output * (1 + 9 * (args[0].shape[1] > 1)))
     with pytest.raises(ShortcutError, match="the blocks of llama cannot be run one by one: log probabilities differ"):
         Decoder.of(model)
+
+
+@pytest.mark.parametrize("family", ["openai-gpt", "modernbert-decoder", "falcon", "nemotron_h"])
+def test_families_of_other_builds_are_walked(family: str) -> None:
+    """Blocks that return lists, decoders found by their blocks, blocks of several kinds."""
+    model = tiny_model(family, "causal").eval()
+    rows = [torch.tensor([5, 9, 7, 3, 8, 6]), torch.tensor([4, 8, 6, 9])]
+    calibration = Calibration(Source(), 6, 0, False, False, tuple(tuple(row.tolist()) for row in rows))
+    scores = score_blocks(model, make_batches(calibration, 1), [METRICS["perplexity"], METRICS["kl-all"]])
+    expected = ablate_plainly(model, rows)
+    for name, values in scores.items():
+        torch.testing.assert_close(values, tuple(expected[name]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("zaya", "log probabilities differ by"),
+        ("glm_moe_dsa", "on text: Shared DSA layers require"),
+        ("xlnet", r"their states are \(8, 1, 32\), not"),
+    ],
+)
+def test_families_whose_blocks_hand_on_more_are_refused(family: str, reason: str) -> None:
+    """One line says why, instead of wrong scores."""
+    with pytest.raises(ShortcutError, match=f"the blocks of {family} cannot be run one by one.*{reason}"):
+        Decoder.of(tiny_model(family, "causal").eval())

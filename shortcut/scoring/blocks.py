@@ -193,7 +193,7 @@ def _add_ablations(
     rows = _union(metrics, batch)
     targets = batch.ids.roll(-1, dims=1)[rows]
     counted = {metric.name: chosen(metric, batch)[rows] for metric in metrics}
-    room = max(1, LOGITS_AT_ONCE // decoder.model.get_output_embeddings().weight.shape[0])
+    room = max(1, LOGITS_AT_ONCE // decoder.vocabulary)
     for start in range(0, len(targets), room):
         chunk = slice(start, start + room)
         base = decoder.predict(final[rows][chunk])

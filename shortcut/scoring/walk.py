@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from shortcut.errors import ShortcutError
-from shortcut.live import Model, decode, find_blocks, forwards_replaced, hidden_input, hidden_output, output_forms
+from shortcut.live import (
+    LOADING_ERRORS,
+    Model,
+    decode,
+    find_blocks,
+    forwards_replaced,
+    hidden_input,
+    hidden_output,
+    output_forms,
+)
 from shortcut.offload import resident
 from shortcut.scoring.calibration import Batch
 
@@ -39,11 +48,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A live model taken apart: its blocks, and how each wraps the hidden states that it returns."""
+    """A live model taken apart: its blocks, how each wraps the hidden states that it returns, and its vocabulary."""
 
     model: Model
     blocks: nn.ModuleList
     forms: tuple[Callable[[Tensor], Any], ...]
+    vocabulary: int
 
     @classmethod
     def of(cls, model: Model) -> "Decoder":
@@ -52,16 +62,23 @@ class Decoder:
         Raises ShortcutError where its blocks cannot be told, and where they hand on more than hidden states, so that
         they cannot be run one by one.
         """
-        ids = torch.arange(8, device=model.device)[None]
-        forms, logits = output_forms(model, ids)
-        decoder = cls(model, find_blocks(model), tuple(forms))
-        with torch.no_grad():
-            *_, last = walk(decoder, Batch(ids, torch.ones_like(ids, dtype=torch.bool)))
-            walked, expected = decoder.predict(last.after[0]), torch.log_softmax(logits[0].float(), dim=-1)
+        family, ids = model.config.model_type, torch.arange(8, device=model.device)[None]
+        try:
+            forms, logits = output_forms(model, ids)
+            decoder = cls(model, find_blocks(model), tuple(forms), logits.shape[-1])
+            with torch.no_grad():
+                *_, last = walk(decoder, Batch(ids, torch.ones_like(ids, dtype=torch.bool)))
+                walked, expected = decoder.predict(last.after[0]), torch.log_softmax(logits[0].float(), dim=-1)
+        except LOADING_ERRORS as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ShortcutError(f"the blocks of {family} cannot be run one by one on text: {reason}") from None
+        if last.after.shape[:2] != ids.shape:
+            shape = f"their states are {tuple(last.after.shape)}, not (batch, tokens, width)"
+            raise ShortcutError(f"the blocks of {family} cannot be run one by one: {shape}")
         difference = (walked - expected).abs().max().item()
         if difference > TOLERANCE * expected.abs().max().item():
             fault = f"log probabilities differ by {difference:.3g}"
-            raise ShortcutError(f"the blocks of {model.config.model_type} cannot be run one by one: {fault}")
+            raise ShortcutError(f"the blocks of {family} cannot be run one by one: {fault}")
         return decoder
 
     def calls(self, batch: Batch) -> list[Call]:
