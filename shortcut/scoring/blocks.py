@@ -17,6 +17,7 @@ from shortcut.records.scores import Triangle
 from shortcut.scoring.calibration import Batch
 from shortcut.scoring.gradients import score_weights
 from shortcut.scoring.metrics import Metric, pairwise_cosines
+from shortcut.scoring.pairs import score_pairs
 from shortcut.scoring.partial import Partials
 from shortcut.scoring.store import Budget, Store
 from shortcut.scoring.walk import Decoder, run_together, walk
@@ -42,8 +43,11 @@ def score_blocks(
     """
     decoder = Decoder.of(model)
     of_weights = [metric for metric in metrics if metric.needs in ("gradients", "weights")]
-    walked = [metric for metric in metrics if metric not in of_weights]
+    of_pairs = [metric for metric in metrics if metric.needs == "pairs"]
+    walked = [metric for metric in metrics if metric not in (*of_weights, *of_pairs)]
     found = _score_walked(decoder, batches, walked, partials=partials, quiet=quiet) if walked else {}
+    if of_pairs:
+        found |= score_pairs(decoder, batches, of_pairs, quiet=quiet)
     if of_weights:
         found |= score_weights(decoder, batches, of_weights, quiet=quiet)
     return {metric.name: found[metric.name] for metric in metrics}

@@ -17,11 +17,12 @@ from torch import Tensor
 from shortcut.errors import ShortcutError
 from shortcut.text import format_table
 
-Needs = Literal["states", "spans", "logits", "gradients", "weights"]
+Needs = Literal["states", "spans", "pairs", "logits", "gradients", "weights"]
 # What a need costs, in passes of a batch through one of L blocks.
 COSTS: dict[Needs, str] = {
     "states": "L",
     "spans": "L",
+    "pairs": "L, and L (L + 1) / 2 fits",
     "logits": "L (L + 1) / 2",
     "gradients": "2 L, and L backwards",
     "weights": "0",
@@ -35,6 +36,7 @@ class Metric:
     measure, by `needs`; vectors are float32, and every result is summed over what was measured, in float64:
         states     (before, after), both (tokens, width) -> (tokens,): what a block does to the stream
         spans      (cosines,) of any shape -> that shape: what a span of any length does to it
+        pairs      (before, after), both (all tokens, width) -> (): what a span of any length does to the stream
         logits     (base, ablated, targets): log probabilities of the next token with and without a block, both
                    (tokens, vocabulary), and the tokens that came next, (tokens,) -> (tokens,)
         gradients  (weight, gradient) of any shape -> that shape; the loss is the mean over all next tokens
@@ -106,6 +108,18 @@ def angular_distance(cosines: Tensor) -> Tensor:
     return torch.arccos(cosines.clamp(-1, 1)) / math.pi
 
 
+def linear_replacement(before: Tensor, after: Tensor) -> Tensor:
+    """What the best linear map leaves of a span: min ‖after - before T‖² / ‖after‖², T by ridge regression, in float64.
+
+    The ridge is a millionth of the mean square of the input features. From 0 (the span is linear) to 1.
+    """
+    x, y = before.double(), after.double()
+    gram, cross = x.T @ x, x.T @ y
+    ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    fitted = torch.cholesky_solve(cross, torch.linalg.cholesky(gram + ridge))
+    return (y - x @ fitted).square().sum() / y.square().sum()
+
+
 def kl(base: Tensor, ablated: Tensor, _: Tensor) -> Tensor:
     """How far the prediction without the block is from the base's: KL(base ‖ ablated), in nats (ShortV's formula)."""
     return (base.exp() * (base - ablated)).sum(-1)
@@ -127,6 +141,7 @@ def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 _SHORTGPT, _DEEPER, _SHORTV = "arXiv:2403.03853", "arXiv:2403.17887", "arXiv:2504.00502"
+_SHORT = "after short-transformers 1.0.0"
 _SHORTENED, _SHORTX = "arXiv:2402.02834", "github.com/icip-cas/ShortX"
 METRICS = {
     metric.name: metric
@@ -137,6 +152,7 @@ METRICS = {
         Metric("variance", variance, "states", "all", "|Var y - Var x|", _SHORTX),
         Metric("angular", angular_distance, "spans", "last", "arccos(cos(x, y)) / π", _DEEPER),
         Metric("angular-all", angular_distance, "spans", "all", "arccos(cos(x, y)) / π", _DEEPER),
+        Metric("linear-replacement", linear_replacement, "pairs", "all", "min over T of ‖y - xT‖² / ‖y‖²", _SHORT),
         Metric("kl", kl, "logits", "last", "KL(P ‖ P without it)", _SHORTV),
         Metric("kl-all", kl, "logits", "all", "KL(P ‖ P without it)", _SHORTV),
         Metric("kl-reverse", kl_reverse, "logits", "last", "KL(P without it ‖ P)", _SHORTV),
