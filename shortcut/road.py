@@ -151,7 +151,10 @@ def run(recipe: Path, *, quiet: bool = False) -> Any:
         raise ShortcutError(f"cannot read the recipe {recipe}: {' '.join(str(error).split())}") from None
     runnable = {
         command.__name__: command
-        for command in (commands.inspect, measure.score, commands.plan, commands.cut, prune, measure.check)
+        for command in (
+            *(commands.inspect, commands.plan, commands.cut, commands.diff),
+            *(measure.score, measure.sweep, measure.check, prune),
+        )
     }
     if not isinstance(content, dict) or content.get("command") not in runnable:
         raise ShortcutError(f"{recipe} needs an entry command: with one of {', '.join(runnable)}")

@@ -12,7 +12,7 @@ from shortcut.errors import ShortcutError
 from shortcut.live import load_model
 from shortcut.scoring.blocks import score_blocks
 from shortcut.scoring.calibration import Calibration, Source, make_batches
-from shortcut.scoring.metrics import METRICS, Metric, add_metric
+from shortcut.scoring.metrics import METRICS, Metric, add_metric, perplexity_of
 from shortcut.scoring.walk import Decoder, walk
 from tests.conftest import DEPTH, FAMILIES
 from tests.reference import blocks_of, bypassed, logits
@@ -103,6 +103,13 @@ def test_block_passes_are_the_fewest(room: int, llama: Path, monkeypatch: pytest
     assert sum(passes) == len(batch.ids) * DEPTH * (DEPTH + 1) // 2
     assert max(passes) <= max(len(batch.ids), room // 5)
     assert sorted(ablated) == list(range(DEPTH))
+
+
+def test_perplexity_has_no_end() -> None:
+    """A model that is sure of the wrong token still has a perplexity that a file can hold."""
+    assert perplexity_of(2.0) == math.exp(2)
+    assert perplexity_of(10_000.0) == 1e308
+    assert perplexity_of(709.0) < 1e308
 
 
 def test_a_metric_of_ones_own(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from shortcut.errors import ShortcutError
 from shortcut.live import Model
 from shortcut.scoring.calibration import Batch
+from shortcut.scoring.metrics import perplexity_of
 
 
 @torch.inference_mode()
@@ -29,4 +30,4 @@ def perplexity(model: Model, batches: Iterable[Batch]) -> float:
         count += int(scored.sum())
     if not math.isfinite(total):
         raise ShortcutError(f"the model gives NaN or infinity in {logits.dtype}: use --dtype float32 or bfloat16")
-    return math.exp(total / count)
+    return perplexity_of(total / count)

@@ -23,6 +23,7 @@ WIDTH, BARS_HEIGHT, MAP_HEIGHT = 6.4, 2.9, 5.4  # inches of one panel
 KEPT, DROPPED, INK, PALE = "#5b8db8", "#d55e00", "#333333", "#e2e2e2"  # blue and vermilion differ to every eye
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333")  # told apart by every eye
 SMALL = 9  # points
+RUINED = 20  # times the whole model's perplexity, beyond which differences are of no interest
 LOG_FROM = 10  # the largest score over the smallest, from which on a linear axis would hide the small ones
 
 
@@ -43,6 +44,8 @@ def draw_scores(scores: Scores, path: Path, dropped: Sequence[int] = ()) -> None
 def draw_trials(trials: "Trials", path: Path) -> None:
     """Write one PNG of perplexity against parameters, a line per rule and metric; raises ShortcutError as above."""
     figure = _start_figure(path, 1.4 * WIDTH, 1.1 * MAP_HEIGHT, Path(trials.model).name or trials.model)
+    from matplotlib.ticker import LogLocator
+
     axes = figure.add_subplot()
     lines: dict[str, list[Trial]] = {}
     for trial in trials.trials:
@@ -52,13 +55,18 @@ def draw_trials(trials: "Trials", path: Path) -> None:
         values = [trials.perplexity, *(trial.perplexity for trial in line)]
         color, marker = LINES[place % len(LINES)], "osD^v<>P"[place // len(LINES) % 8]
         axes.plot(np.array(sizes) / 1e6, values, color=color, marker=marker, markersize=4, linewidth=1.4, label=label)
-    _style(axes, "quality against size", "million parameters", f"perplexity (log scale) on {trials.text}")
+    values = [trials.perplexity, *(trial.perplexity for trial in trials.trials)]
+    highest, lowest = max(values), min(values)
+    top = min(highest, RUINED * trials.perplexity)
+    left_out = f", up to {RUINED} times the whole model's" if top < highest else ""
+    _style(axes, "quality against size", "million parameters", f"perplexity (log scale{left_out})")
+    axes.text(0, -0.12, f"perplexity on {trials.text}", transform=axes.transAxes, fontsize=SMALL, color=INK)
     axes.invert_xaxis()
-    axes.set_yscale("log")
+    axes.set_yscale("log", subs=())
+    axes.set_ylim(lowest / 1.15, top * 1.15)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(which="both", length=0, labelsize=SMALL, labelcolor=INK)
-    axes.grid(which="both", color=PALE, linewidth=0.8)
+    axes.grid(color=PALE, linewidth=0.8)
     axes.legend(loc="upper left", frameon=False, fontsize=SMALL, labelcolor=INK)
     _save(figure, path)
 

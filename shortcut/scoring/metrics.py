@@ -135,11 +135,17 @@ def next_token_loss(_: Tensor, ablated: Tensor, targets: Tensor) -> Tensor:
     return -ablated.gather(-1, targets[:, None])[:, 0]
 
 
+def perplexity_of(loss: float) -> float:
+    """exp of a mean loss in nats; where that would be beyond what a number holds, the largest power of ten it holds."""
+    return math.exp(loss) if loss < _LARGEST else 1e308
+
+
 def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
     """First-order change of the loss when a weight becomes zero: |weight x gradient| (Shortened LLaMA)."""
     return (weight * gradient).abs()
 
 
+_LARGEST = math.log(1e308)
 _SHORTGPT, _DEEPER, _SHORTV = "arXiv:2403.03853", "arXiv:2403.17887", "arXiv:2504.00502"
 _SHORT = "after short-transformers 1.0.0"
 _SHORTENED, _SHORTX = "arXiv:2402.02834", "github.com/icip-cas/ShortX"
@@ -157,7 +163,7 @@ METRICS = {
         Metric("kl-all", kl, "logits", "all", "KL(P ‖ P without it)", _SHORTV),
         Metric("kl-reverse", kl_reverse, "logits", "last", "KL(P without it ‖ P)", _SHORTV),
         Metric("kl-reverse-all", kl_reverse, "logits", "all", "KL(P without it ‖ P)", _SHORTV),
-        Metric("perplexity", next_token_loss, "logits", "followed", "perplexity without it", _SHORTENED, math.exp),
+        Metric("perplexity", next_token_loss, "logits", "followed", "perplexity without it", _SHORTENED, perplexity_of),
         Metric("taylor", saliency, "gradients", "followed", "Σ |w dLoss/dw| over its weights", _SHORTENED),
         Metric("magnitude", torch.abs, "weights", "all", "Σ |w| over its weights", _SHORTENED),
     )
