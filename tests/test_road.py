@@ -132,7 +132,7 @@ def test_run_carries_out_a_recipe(llama: Path, tmp_path: Path, capsys: pytest.Ca
         ),
         ("command: prune\nmodel: m\n", r"r\.yaml: OUT is missing"),
         ("command: prune\nmodel: m\nout: o\ncount: many\n", r"r\.yaml: --count many: needs a whole number"),
-        ("command: dance\n", r"r\.yaml needs an entry command: with one of inspect, score"),
+        ("command: dance\n", r"r\.yaml needs an entry command: with one of inspect, plan"),
         ("- 1\n", r"r\.yaml needs an entry command"),
         ("{", r"cannot read the recipe"),
     ],
