@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
 
@@ -197,3 +198,18 @@ def test_text_files_that_cannot_be_written(tmp_path, name, message):
     with pytest.raises(ShortcutError, match=f"cannot write .*{name}: {message}"):
         write_text(tmp_path / name, "text")
     assert tree(tmp_path) == {"folder/f": "mine"}
+
+
+def test_leftovers_are_removed_config_first(tmp_path, monkeypatch):
+    """Whenever the removal is interrupted, what is left has no config.json, so that nothing loads it."""
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    for name in ("a.safetensors", "config.json", "z.txt"):
+        (partial / name).write_text("x")
+    removed = []
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, *args: (removed.append(path.name), unlink(path, *args)))
+    with staged(tmp_path / "out") as folder:
+        (folder / "new").write_text("y")
+    assert removed[0] == "config.json"
+    assert sorted(removed) == ["a.safetensors", "config.json", "z.txt"]

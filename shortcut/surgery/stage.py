@@ -79,18 +79,25 @@ def _partial(out: Path) -> Iterator[Path]:
             _empty(partial)
             yield partial
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                _remove(partial)
             raise
     finally:
         os.close(lock)
 
 
 def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
+    """Remove what a folder holds, config.json first: whenever this is interrupted, nothing loads what is left."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != "config.json"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    _empty(folder)
+    folder.rmdir()
 
 
 def make_durable(path: Path | str) -> None:
@@ -108,10 +115,11 @@ def _put_in_place(partial: Path, out: Path) -> None:
         partial.rename(out)  # POSIX: an empty folder may be replaced
     else:
         old = out.with_name(f".{out.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            _remove(old)
         out.rename(old)
         partial.rename(out)
-        shutil.rmtree(old)
+        _remove(old)
     make_durable(out.parent)
 
 
