@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from shortcut.commands import diff as diff
     from shortcut.commands import families as families
     from shortcut.commands import inspect as inspect
+    from shortcut.commands import metrics as metrics
     from shortcut.commands import plan as plan
     from shortcut.errors import ShortcutError as ShortcutError
     from shortcut.measure import check as check
-    from shortcut.measure import metrics as metrics
     from shortcut.measure import score as score
     from shortcut.measure import sweep as sweep
     from shortcut.records.plan import Plan as Plan
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from shortcut.surgery.preview import preview as preview
 
 _HOME = {
-    **dict.fromkeys(("cut", "diff", "families", "inspect", "plan"), "shortcut.commands"),
-    **dict.fromkeys(("check", "metrics", "score", "sweep"), "shortcut.measure"),
+    **dict.fromkeys(("cut", "diff", "families", "inspect", "metrics", "plan"), "shortcut.commands"),
+    **dict.fromkeys(("check", "score", "sweep"), "shortcut.measure"),
     **dict.fromkeys(("demo", "prune", "run"), "shortcut.road"),
     **dict.fromkeys(("Metric", "add_metric"), "shortcut.scoring.metrics"),
     "Plan": "shortcut.records.plan",

@@ -41,7 +41,7 @@ COMMANDS: dict[str, Command] = {
         measure.check,
         measure.sweep,
         commands.diff,
-        measure.metrics,
+        commands.metrics,
         commands.families,
         road.run,
         road.demo,

@@ -5,7 +5,7 @@ plain data. Options are described once, in `option_help.py`. All raise ShortcutE
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shortcut.choose.rules import Select, parse_protect, parse_ratio, pick_count, pick_ratio, removals
 from shortcut.errors import ShortcutError
@@ -14,12 +14,16 @@ from shortcut.records.blocks import parse_blocks
 from shortcut.records.plan import Plan, format_plan, read_plan
 from shortcut.records.scores import Scores, read_scores
 from shortcut.sources import open_model
+from shortcut.surgery.checkpoint import read_json
 from shortcut.surgery.compare import Difference, compare_checkpoints, compare_tensors
 from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
 from shortcut.surgery.families import Families, read_families
 from shortcut.surgery.inspection import Inspection, inspect_checkpoint
-from shortcut.surgery.stage import check_target, staged, write_text
+from shortcut.surgery.stage import RECORD, check_target, staged, write_text
 from shortcut.text import parse_size
+
+if TYPE_CHECKING:
+    from shortcut.scoring.metrics import MetricList
 
 
 def inspect(model: str | Path, *, revision: str | None = None, quiet: bool = False) -> Inspection:
@@ -134,3 +138,18 @@ def diff(one: str | Path, other: str | Path, *, revision: str | None = None, qui
     --revision is that of the first.
     """
     return compare_checkpoints(open_model(one, revision, quiet=quiet), open_model(other, quiet=quiet))
+
+
+def read_record(folder: Path) -> Plan | None:
+    """The plan that a checkpoint says it was made by; None where shortcut did not cut it."""
+    if not (folder / RECORD).exists():
+        return None
+    record = read_json(folder / RECORD)
+    return Plan.from_dict(record["plan"], str(folder / RECORD)) if "plan" in record else None
+
+
+def metrics(*, quiet: bool = False) -> "MetricList":  # noqa: ARG001  (every command can be told to be quiet)
+    """List the metrics: formula, what they need, what they cost, and where they come from."""
+    from shortcut.scoring.metrics import METRICS, MetricList
+
+    return MetricList(tuple(METRICS.values()))

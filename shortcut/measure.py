@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortcut import __version__
 from shortcut.choose.rules import Select, parse_candidates, parse_rules
-from shortcut.commands import plan
+from shortcut.commands import plan, read_record
 from shortcut.errors import ShortcutError
 from shortcut.processes import is_writer, own_part, writer_first
 from shortcut.progress import say
@@ -16,14 +16,14 @@ from shortcut.records.blocks import parse_blocks
 from shortcut.records.plan import Plan
 from shortcut.records.scores import Scores, format_scores
 from shortcut.sources import open_model
-from shortcut.surgery.checkpoint import Checkpoint, read_checkpoint, read_json
-from shortcut.surgery.stage import RECORD, write_text
+from shortcut.surgery.checkpoint import Checkpoint, read_checkpoint
+from shortcut.surgery.stage import RECORD, check_file, write_text
 
 if TYPE_CHECKING:
     from shortcut.checking.verify import CheckReport
     from shortcut.choose.trials import Trials
     from shortcut.scoring.calibration import Calibration
-    from shortcut.scoring.metrics import Metric, MetricList
+    from shortcut.scoring.metrics import Metric
 
 
 def score(
@@ -66,6 +66,7 @@ def score(
 
     metrics = pick_metrics(metric)
     pick_dtype(dtype, pick_device(device))
+    check_files(out, plot)
     with writer_first():  # it may have to fetch or convert
         checkpoint = open_model(model, revision, quiet=quiet)
     may_go = parse_candidates(candidates, protect, checkpoint.base.blocks)
@@ -89,6 +90,16 @@ def score(
 
         draw_scores(scores, plot)
     return scores
+
+
+def check_files(out: Path | None, plot: Path | None) -> None:
+    """Raise ShortcutError, before the long work, for files that could not be written after it."""
+    if out is not None:
+        check_file(out)
+    if plot is not None:
+        from shortcut.publish.plots import check_picture
+
+        check_picture(plot)
 
 
 def take_text(
@@ -206,6 +217,7 @@ def sweep(
 
     metrics, rules = pick_metrics(metric), parse_rules(select)
     pick_dtype(dtype, pick_device(device))
+    check_files(out, plot)
     checkpoint = open_model(model, revision, quiet=quiet)
     depth = checkpoint.base.blocks
     counts, may_go = parse_blocks(count, depth + 1), parse_candidates(candidates, protect, depth)
@@ -255,8 +267,6 @@ def check(
     not so. A checkpoint that shortcut did not write is only loaded and measured.
     """
     from shortcut.checking.verify import check_checkpoint
-    from shortcut.live import load_tokenizer
-    from shortcut.scoring.calibration import Source, make_calibration
 
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -268,10 +278,8 @@ def check(
     original = None
     if carried_out is not None:
         original = open_model(base or carried_out.base.model, revision or carried_out.base.revision, quiet=quiet)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    heldout = make_calibration(
-        tokenizer, Source(data, split, column), samples=samples, length=length, seed=seed, by_document=by_document
-    )
+    text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document}
+    heldout = take_text(short, (data, split, column), samples, trust_remote_code=trust_remote_code, **text)
     return check_checkpoint(
         short,
         (original, carried_out) if original is not None and carried_out is not None else None,
@@ -282,18 +290,3 @@ def check(
         trust_remote_code=trust_remote_code,
         quiet=quiet,
     )
-
-
-def read_record(folder: Path) -> Plan | None:
-    """The plan that a checkpoint says it was made by; None where shortcut did not cut it."""
-    if not (folder / RECORD).exists():
-        return None
-    record = read_json(folder / RECORD)
-    return Plan.from_dict(record["plan"], str(folder / RECORD)) if "plan" in record else None
-
-
-def metrics(*, quiet: bool = False) -> "MetricList":  # noqa: ARG001  (every command can be told to be quiet)
-    """List the metrics: formula, what they need, what they cost, and where they come from."""
-    from shortcut.scoring.metrics import METRICS, MetricList
-
-    return MetricList(tuple(METRICS.values()))

@@ -91,6 +91,7 @@ def test_prune_greedily(llama: Path, tmp_path: Path) -> None:
     [
         ("taylor", 1, "taylor cannot be scored again as blocks go"),
         ("angular", 1, "angular cannot be scored again as blocks go"),
+        ("kl", -1, "cannot leave out -1 blocks one by one: 1 to 6 can go"),
         ("kl", 7, "cannot leave out 7 blocks one by one: 1 to 6 can go"),
     ],
 )

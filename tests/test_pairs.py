@@ -58,3 +58,12 @@ def test_too_few_tokens_are_refused(llama: Path) -> None:
         ShortcutError, match="needs 80 tokens at least, 2 times the width of the states, and there are 64"
     ):
         shortcut.score(llama, metric="linear-replacement", samples=2, length=32, quiet=True)
+
+
+def test_states_that_overflow_fail_the_run(llama: Path) -> None:
+    """NaN or infinity between the blocks is one line that names the block, not an error of the fit."""
+    model = load_model(llama)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] = float("inf")
+    with pytest.raises(ShortcutError, match=r"block 2 gives NaN or infinity in torch\.float32"):
+        score_blocks(model, make_batches(sequences_of(50, 50), 2), [RULE])

@@ -106,6 +106,24 @@ def test_sweep_mistakes(options: dict[str, str], message: str, llama: Path) -> N
         shortcut.sweep(llama, **{"count": "1", **options}, **TEXT)
 
 
+@pytest.mark.parametrize("command", [shortcut.score, shortcut.sweep])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"out": Path("gone/a.csv")}, "cannot write gone/a.csv: No such file or directory"),
+        ({"plot": Path("gone/a.png")}, "cannot draw gone/a.png: there is no folder gone"),
+        ({"plot": Path("a.svg")}, "has to be a .png file"),
+    ],
+)
+def test_files_that_cannot_be_written_are_named_before_the_work(
+    command: Callable[..., object], option: dict[str, Path], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is not even opened, so that no hours of scoring are lost."""
+    monkeypatch.setattr("shortcut.measure.open_model", lambda *_, **__: pytest.fail("it began to work"))
+    with pytest.raises(ShortcutError, match=message):
+        command("org/model", **option)
+
+
 def test_too_little_text_to_set_aside() -> None:
     """A choice needs sequences that were not scored."""
     with pytest.raises(ShortcutError, match="cannot set 1 of 1 sequences aside"):

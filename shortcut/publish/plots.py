@@ -71,16 +71,23 @@ def draw_trials(trials: "Trials", path: Path) -> None:
     _save(figure, path)
 
 
-def _start_figure(path: Path, width: float, height: float, title: str) -> "Figure":
+def check_picture(path: Path) -> None:
+    """Raise ShortcutError, before any work, for a picture that could not be written."""
     if path.suffix.lower() != ".png":
         raise ShortcutError(f"cannot draw {path}: the picture has to be a .png file")
     if not path.parent.is_dir():
         raise ShortcutError(f"cannot draw {path}: there is no folder {path.parent}")
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ShortcutError('drawing needs matplotlib: pip install "shortcut[plot]"') from None
+
+
+def _start_figure(path: Path, width: float, height: float, title: str) -> "Figure":
+    check_picture(path)
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     figure.suptitle(title, fontsize=12, color=INK, parse_math=False)

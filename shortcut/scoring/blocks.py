@@ -20,7 +20,7 @@ from shortcut.scoring.metrics import Metric, pairwise_cosines
 from shortcut.scoring.pairs import score_pairs
 from shortcut.scoring.partial import Partials
 from shortcut.scoring.store import Budget, Store
-from shortcut.scoring.walk import Decoder, run_together, walk
+from shortcut.scoring.walk import Decoder, check_finite, run_together, walk
 
 TOKENS_AT_ONCE = 64  # for pairwise cosines: the stack of their states fits a processor's cache
 STATES_IN_MEMORY = 1 << 28  # bytes of hidden states, where the blocks are on the disk; the others go there too
@@ -57,7 +57,8 @@ def check_greedy(metric: Metric, count: int, candidates: int, depth: int) -> Non
     """Raise ShortcutError where this many blocks cannot be left out one by one, of so many candidates."""
     if metric.needs not in ("states", "logits"):
         raise ShortcutError(f"{metric.name} cannot be scored again as blocks go: use a metric of states or logits")
-    if not 0 < count <= (most := min(candidates, depth - 1)):
+    most = min(candidates, depth - 1)
+    if not 0 < count <= most:
         raise ShortcutError(f"cannot leave out {count} blocks one by one: 1 to {most} can go")
 
 
@@ -149,7 +150,7 @@ def _measure(
     rows = _union(of_spans, batch)
     for step in walk(decoder, batch, ablated, missing):
         before, after = step.before[batch.mask].float(), step.after[batch.mask].float()
-        _check_finite(after, f"block {step.block}", step.after.dtype)
+        check_finite(after, f"block {step.block}", step.after.dtype)
         for metric in of_steps:
             sums[metric.name][step.block] += metric.measure(before, after).double().sum().cpu()
         if of_spans:
@@ -203,13 +204,8 @@ def _add_ablations(
         base = decoder.predict(final[rows][chunk])
         for block, states in ablated.items():
             without = decoder.predict(states[rows][chunk])
-            _check_finite(without, f"the model without block {block}", states.dtype)
+            check_finite(without, f"the model without block {block}", states.dtype)
             for metric in metrics:
                 which = counted[metric.name][chunk]
                 values = metric.measure(base[which], without[which], targets[chunk][which])
                 sums[metric.name][block] += values.double().sum().cpu()
-
-
-def _check_finite(values: Tensor, what: str, dtype: torch.dtype) -> None:
-    if not values.sum().isfinite():
-        raise ShortcutError(f"{what} gives NaN or infinity in {dtype}: use --dtype float32 or bfloat16")

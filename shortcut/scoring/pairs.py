@@ -15,7 +15,7 @@ from shortcut.records.scores import Triangle
 from shortcut.scoring.calibration import Batch
 from shortcut.scoring.metrics import Metric
 from shortcut.scoring.store import Budget, Store
-from shortcut.scoring.walk import Decoder, run_together, walk
+from shortcut.scoring.walk import Decoder, check_finite, run_together, walk
 
 ENOUGH = 2  # times as many tokens as the states are wide: with fewer, a map fits anything
 
@@ -61,7 +61,9 @@ def _keep(decoder: Decoder, batch: Batch, points: Sequence[Store], number: int) 
     for step in walk(decoder, batch):
         if step.block == 0:
             points[0][number] = step.before[batch.mask]
-        points[step.block + 1][number] = step.after[batch.mask]
+        after = step.after[batch.mask]
+        check_finite(after.float(), f"block {step.block}", after.dtype)
+        points[step.block + 1][number] = after
         yield
 
 

@@ -160,5 +160,11 @@ def run_together(decoder: Decoder, walks: Sequence[Iterator[Any]], missing: Coll
             raise ValueError("an iterator makes more steps than there are blocks")
 
 
+def check_finite(values: Tensor, what: str, dtype: torch.dtype) -> None:
+    """Raise ShortcutError for NaN or infinity in what a model of this type gives."""
+    if not values.sum().isfinite():
+        raise ShortcutError(f"{what} gives NaN or infinity in {dtype}: use --dtype float32 or bfloat16")
+
+
 def _groups(items: list[int], size: int) -> list[list[int]]:
     return [items[start : start + size] for start in range(0, len(items), size)]

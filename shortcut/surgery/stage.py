@@ -123,10 +123,18 @@ def _put_in_place(partial: Path, out: Path) -> None:
     make_durable(out.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+def check_file(path: Path) -> None:
+    """Raise ShortcutError for a file that could not be written: a folder of that name, or no folder to be in."""
     if path.is_dir():
         raise ShortcutError(f"cannot write {path}: Is a directory")
+    if not path.parent.is_dir():
+        reason = "Not a directory" if path.parent.exists() else "No such file or directory"
+        raise ShortcutError(f"cannot write {path}: {reason}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    check_file(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
