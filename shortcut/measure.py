@@ -1,29 +1,24 @@
 """The verbs that run a model, as functions and commands like those of `commands.py`."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortcut import __version__
-from shortcut.choose.rules import Select, parse_candidates, parse_rules
-from shortcut.commands import plan, read_record
+from shortcut import runs
+from shortcut.choose.rules import parse_candidates, parse_rules
+from shortcut.commands import read_record
 from shortcut.errors import ShortcutError
-from shortcut.processes import is_writer, own_part, writer_first
+from shortcut.processes import is_writer, writer_first
 from shortcut.progress import say
 from shortcut.records.blocks import parse_blocks
-from shortcut.records.plan import Plan
 from shortcut.records.scores import Scores, format_scores
 from shortcut.sources import open_model
-from shortcut.surgery.checkpoint import Checkpoint, read_checkpoint
-from shortcut.surgery.stage import RECORD, check_file, write_text
+from shortcut.surgery.checkpoint import read_checkpoint
+from shortcut.surgery.stage import RECORD, write_text
 
 if TYPE_CHECKING:
     from shortcut.checking.verify import CheckReport
     from shortcut.choose.trials import Trials
-    from shortcut.scoring.calibration import Calibration
-    from shortcut.scoring.metrics import Metric
 
 
 def score(
@@ -66,7 +61,7 @@ def score(
 
     metrics = pick_metrics(metric)
     pick_dtype(dtype, pick_device(device))
-    check_files(out, plot)
+    runs.check_files(out, plot)
     with writer_first():  # it may have to fetch or convert
         checkpoint = open_model(model, revision, quiet=quiet)
     may_go = parse_candidates(candidates, protect, checkpoint.base.blocks)
@@ -74,13 +69,15 @@ def score(
         check_greedy(metrics[0], greedy, len(may_go), checkpoint.base.blocks)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
-    calibration = take_text(checkpoint, (data, split, column), samples, **text)
+    calibration = runs.take_text(checkpoint, (data, split, column), samples, **text)
     parts = split_evenly(calibration, stability) if stability else []
     say(f"scoring {checkpoint.base.blocks} blocks of {checkpoint.name} on {calibration.tokens} tokens", quiet=quiet)
-    with start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
-        scores = make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
+    with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
+        scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
         if parts:
-            alone = [make_scores(checkpoint, live, part, metrics, batch_size, quiet=quiet).metrics for part in parts]
+            alone = [
+                runs.make_scores(checkpoint, live, part, metrics, batch_size, quiet=quiet).metrics for part in parts
+            ]
             agreed = {"parts": stability, **agreements(alone)}
             scores = replace(scores, settings={**scores.settings, "stability": agreed})
     if out is not None and is_writer():
@@ -90,93 +87,6 @@ def score(
 
         draw_scores(scores, plot)
     return scores
-
-
-def check_files(out: Path | None, plot: Path | None) -> None:
-    """Raise ShortcutError, before the long work, for files that could not be written after it."""
-    if out is not None:
-        check_file(out)
-    if plot is not None:
-        from shortcut.publish.plots import check_picture
-
-        check_picture(plot)
-
-
-def take_text(
-    checkpoint: Checkpoint, source: tuple[str, str, str | None], samples: int, *, trust_remote_code: bool, **how: Any
-) -> "Calibration":
-    """Tokenise text for a checkpoint. source: data, split and column; how: the other options of `make_calibration`."""
-    from shortcut.live import load_tokenizer
-    from shortcut.scoring.calibration import Source, make_calibration
-
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    return make_calibration(tokenizer, Source(*source), samples=samples, **how)
-
-
-def start(checkpoint: Checkpoint, **how: Any) -> AbstractContextManager[Any]:
-    """The live model of a checkpoint, for the length of a `with` block. how: the options of `open_live`."""
-    from shortcut.offload import open_live
-
-    return open_live(checkpoint.folder, checkpoint.config, checkpoint.parameters, **how)
-
-
-def make_scores(
-    checkpoint: Checkpoint,
-    live: Any,
-    calibration: "Calibration",
-    metrics: "Sequence[Metric]",
-    batch_size: int,
-    greedy: int = 0,
-    may_go: Sequence[int] = (),
-    *,
-    quiet: bool = False,
-) -> Scores:
-    """Score the blocks of a live model, and leave some out one by one; goes on where an equal run was killed.
-
-    Raises ShortcutError as `score_blocks` does.
-    """
-    from shortcut.scoring.blocks import remove_greedily, score_blocks
-    from shortcut.scoring.calibration import make_batches
-    from shortcut.scoring.partial import Partials
-
-    batches = make_batches(calibration, batch_size, live.device)
-    settings = {"device": str(live.device), "dtype": str(live.dtype).removeprefix("torch."), "batch_size": batch_size}
-    partials = Partials({**settings, **identify(checkpoint), "calibration": calibration.hash, "part": own_part()})
-    how: dict[str, Any] = {"partials": partials, "quiet": quiet}
-    found = score_blocks(live, batches, metrics, **how)
-    order = dict(remove_greedily(live, batches, metrics[0], greedy, may_go, **how)) if greedy else {}
-    partials.forget()
-    return Scores(
-        base=checkpoint.base,
-        parameters=checkpoint.parameters,
-        block_parameters=checkpoint.block_parameters,
-        metrics=found,
-        calibration=calibration.record(),
-        settings=settings,
-        orders={metrics[0].name: tuple(order)} if greedy else {},
-    )
-
-
-def identify(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What tells the weights of a checkpoint from others, and this program from others."""
-    import torch
-    import transformers
-
-    states = {file.path: file.path.stat() for file in checkpoint.files}
-    return {
-        "files": [(str(path), state.st_size, state.st_mtime_ns) for path, state in states.items()],
-        "config": dict(checkpoint.config),
-        "versions": [__version__, torch.__version__, transformers.__version__],
-    }
-
-
-def plans_by_rules(scores: Scores, rules: Sequence[Select], **how: Any) -> list[Plan]:
-    """What every rule chooses by every metric. how: the other options of `plan`, which says what can go wrong."""
-    plans = []
-    for rule in rules:
-        known = {"deepest": list(scores.metrics)[:1], "greedy": list(scores.orders)}.get(rule, list(scores.metrics))
-        plans += [plan(scores, select=rule, metric=metric, **how) for metric in known]
-    return plans
 
 
 def sweep(
@@ -217,7 +127,7 @@ def sweep(
 
     metrics, rules = pick_metrics(metric), parse_rules(select)
     pick_dtype(dtype, pick_device(device))
-    check_files(out, plot)
+    runs.check_files(out, plot)
     checkpoint = open_model(model, revision, quiet=quiet)
     depth = checkpoint.base.blocks
     counts, may_go = parse_blocks(count, depth + 1), parse_candidates(candidates, protect, depth)
@@ -226,12 +136,12 @@ def sweep(
         check_greedy(metrics[0], greedy, len(may_go), depth)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
-    calibration = take_text(checkpoint, (data, split, column), samples, **text)
-    unseen = take_text(checkpoint, (heldout, split, column), samples, **text)
+    calibration = runs.take_text(checkpoint, (data, split, column), samples, **text)
+    unseen = runs.take_text(checkpoint, (heldout, split, column), samples, **text)
     how: dict[str, Any] = {"protect": protect, "candidates": candidates}
-    with start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
-        scores = make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
-        plans = [chosen for n in counts for chosen in plans_by_rules(scores, rules, count=n, **how)]
+    with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
+        scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
+        plans = [chosen for n in counts for chosen in runs.plans_by_rules(scores, rules, count=n, **how)]
         trials = try_plans(live, scores, plans, unseen, batch_size, quiet=quiet)
     if out is not None:
         write_text(out, trials.as_csv())
@@ -279,7 +189,7 @@ def check(
     if carried_out is not None:
         original = open_model(base or carried_out.base.model, revision or carried_out.base.revision, quiet=quiet)
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document}
-    heldout = take_text(short, (data, split, column), samples, trust_remote_code=trust_remote_code, **text)
+    heldout = runs.take_text(short, (data, split, column), samples, trust_remote_code=trust_remote_code, **text)
     return check_checkpoint(
         short,
         (original, carried_out) if original is not None and carried_out is not None else None,

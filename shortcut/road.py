@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from shortcut import commands, measure
+from shortcut import commands, measure, runs
 from shortcut.arguments import UsageError, bind, options_of
 from shortcut.choose.rules import parse_rules
 from shortcut.errors import ShortcutError
@@ -103,7 +103,7 @@ def prune(
     pick_dtype(dtype, pick_device(device))
     for plan in request.foresee(base):
         report_cut(base, plan, target, limit, written=False)
-    unseen = measure.take_text(
+    unseen = runs.take_text(
         base, (heldout, split, column), HELDOUT_SAMPLES, **{**text, "length": min(length, HELDOUT_LENGTH), "seed": 0}
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shortcut import commands, measure
+from shortcut import commands, runs
 from shortcut.choose.rules import Select, parse_candidates
 from shortcut.progress import say
 from shortcut.records.plan import Plan
@@ -43,7 +43,7 @@ class Request:
         how: dict[str, Any] = {"count": self.count, "ratio": self.ratio, "drop": self.drop}
         how |= {"protect": self.protect, "candidates": self.candidates}
         if self.is_open:
-            return measure.plans_by_rules(scores, self.rules, **how)
+            return runs.plans_by_rules(scores, self.rules, **how)
         return [commands.plan(scores, select=self.rules[0], metric=self.metrics[0].name, **how)]
 
     def foresee(self, base: Checkpoint) -> list[Plan]:
@@ -82,13 +82,13 @@ def select_plan(
     if greedy:
         check_greedy(request.metrics[0], greedy, len(may_go), base.base.blocks)
     aside = max(1, samples // 4) if request.is_open else 0
-    calibration = measure.take_text(base, source, samples + aside, **text)
+    calibration = runs.take_text(base, source, samples + aside, **text)
     validation = None
     if aside:
         calibration, validation = calibration.split(aside)
     say(f"scoring {base.base.blocks} blocks of {base.name} on {calibration.tokens} tokens", quiet=quiet)
-    with measure.start(base, quiet=quiet, **loading) as live:
-        scores = measure.make_scores(base, live, calibration, request.metrics, batch_size, greedy, may_go, quiet=quiet)
+    with runs.start(base, quiet=quiet, **loading) as live:
+        scores = runs.make_scores(base, live, calibration, request.metrics, batch_size, greedy, may_go, quiet=quiet)
         plans = request.plans(scores)
         if validation is None:
             return plans[0], scores, None
