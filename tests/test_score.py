@@ -1,7 +1,9 @@
 """Scores equal plain loops over hooked models, whatever the batching, the padding and the family."""
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from shortcut.errors import ShortcutError
 from shortcut.live import load_model
 from shortcut.scoring.blocks import score_blocks
 from shortcut.scoring.calibration import Batch, Calibration, Source, make_batches
-from shortcut.scoring.metrics import METRICS, block_influence, cosine, pairwise_cosines
+from shortcut.scoring.metrics import METRICS, block_influence, cosine, pairwise_cosines, pick_metrics
 from shortcut.scoring.walk import Decoder, walk
 from tests.conftest import DEPTH, FAMILIES, VOCABULARY
 from tests.reference import angle, mean_over_tokens, states_around_blocks
@@ -54,6 +56,27 @@ def test_metrics_of_states_equal_plain_loops(family: str, checkpoint_of: Callabl
                     for x, y in zip(row[start][tokens].double(), row[start + length][tokens].double(), strict=True)
                 ]
                 assert scores[name][length - 1][start] == pytest.approx(sum(angles) / len(angles), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["block-influence", "angular-all", "kl-all", "perplexity"])
+def test_averages_over_sequences_count_each_the_same(name: str, llama: Path) -> None:
+    """The mean of what each sequence scores alone, however short it is: not the mean over all tokens."""
+    model, calibration = load_model(llama), sequences_of(13, 7, 2)
+    (metric,) = pick_metrics(name, "sequences")
+    metric = replace(metric, finish=float)  # perplexity is the exponential of a mean
+    alone = [
+        score_blocks(model, make_batches(replace(calibration, sequences=(row,)), 1), [metric])[name]
+        for row in calibration.sequences
+    ]
+    firsts = [row[0] if isinstance(row[0], tuple) else row for row in alone]
+    expected = tuple(math.fsum(values) / 3 for values in zip(*firsts, strict=True))
+    found = {
+        over: score_blocks(model, make_batches(calibration, 3), [replace(metric, average=over)])[name]
+        for over in ("sequences", "tokens")
+    }
+    first = {over: row[0] if isinstance(row[0], tuple) else row for over, row in found.items()}
+    torch.testing.assert_close(first["sequences"], expected, rtol=1e-5, atol=1e-6)
+    assert any(abs(x - y) > 1e-3 * abs(y) for x, y in zip(first["tokens"], expected, strict=True))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])

@@ -115,7 +115,7 @@ def _score_walked(
             kept.save(sums, number)
     scores: dict[str, tuple[float, ...] | Triangle] = {}
     for metric in metrics:
-        mean = add_up(sums[metric.name]) / sum(int(chosen(metric, batch).sum()) for batch in batches)
+        mean = add_up(sums[metric.name]) / sum(weights(metric, batch).sum().item() for batch in batches)
         if metric.needs == "spans":
             scores[metric.name] = tuple(tuple(mean.diagonal(length).tolist()) for length in range(1, depth + 1))
         else:
@@ -133,6 +133,12 @@ def chosen(metric: Metric, batch: Batch) -> Tensor:
     return batch.mask
 
 
+def weights(metric: Metric, batch: Batch) -> Tensor:
+    """How much every token counts in a metric's mean: (batch, tokens), float64, 0 where it does not."""
+    counted = chosen(metric, batch).double()
+    return counted if metric.average == "tokens" else counted / counted.sum(1, keepdim=True).clamp_min(1)
+
+
 def _measure(
     decoder: Decoder,
     batch: Batch,
@@ -148,18 +154,20 @@ def _measure(
     ablated = Store(budget) if of_logits else None
     points = Store(budget)  # between the blocks
     rows = _union(of_spans, batch)
+    counts = {metric.name: weights(metric, batch)[batch.mask] for metric in of_steps}
     for step in walk(decoder, batch, ablated, missing):
         before, after = step.before[batch.mask].float(), step.after[batch.mask].float()
         check_finite(after, f"block {step.block}", step.after.dtype)
         for metric in of_steps:
-            sums[metric.name][step.block] += metric.measure(before, after).double().sum().cpu()
+            values = metric.measure(before, after).double()
+            sums[metric.name][step.block] += (values @ counts[metric.name]).cpu()
         if of_spans:
             points.setdefault(0, step.before[rows])
             points[len(points)] = step.after[rows]
         yield
     if of_spans:
         _add_spans(
-            [*points.values()], {metric.name: chosen(metric, batch)[rows] for metric in of_spans}, of_spans, sums
+            [*points.values()], {metric.name: weights(metric, batch)[rows] for metric in of_spans}, of_spans, sums
         )
     if ablated is not None:
         final = step.after
@@ -175,15 +183,16 @@ def _union(metrics: Sequence[Metric], batch: Batch) -> Tensor:
 
 
 def _add_spans(
-    points: Sequence[Tensor], counted: dict[str, Tensor], metrics: Sequence[Metric], sums: dict[str, Tensor]
+    points: Sequence[Tensor], counts: dict[str, Tensor], metrics: Sequence[Metric], sums: dict[str, Tensor]
 ) -> None:
-    """points: the states between the blocks, each (tokens, width); counted: per metric, which of them: (tokens,)."""
+    """points: the states between the blocks, each (tokens, width); counts: per metric, what each token counts."""
     for start in range(0, len(points[0]), TOKENS_AT_ONCE):
         chunk = slice(start, start + TOKENS_AT_ONCE)
         cosines = pairwise_cosines(torch.stack([point[chunk].float() for point in points], dim=1))
         for metric in metrics:
-            values = metric.measure(cosines[counted[metric.name][chunk]])
-            sums[metric.name] += values.sum(0).double().cpu()
+            which = counts[metric.name][chunk]
+            values = metric.measure(cosines[which > 0]).double()
+            sums[metric.name] += torch.tensordot(which[which > 0], values, dims=1).cpu()
 
 
 def _add_ablations(
@@ -197,7 +206,7 @@ def _add_ablations(
     """final: the whole model's states behind the last block, (batch, tokens, width); ablated: those without a block."""
     rows = _union(metrics, batch)
     targets = batch.ids.roll(-1, dims=1)[rows]
-    counted = {metric.name: chosen(metric, batch)[rows] for metric in metrics}
+    counts = {metric.name: weights(metric, batch)[rows] for metric in metrics}
     room = max(1, LOGITS_AT_ONCE // decoder.vocabulary)
     for start in range(0, len(targets), room):
         chunk = slice(start, start + room)
@@ -206,6 +215,7 @@ def _add_ablations(
             without = decoder.predict(states[rows][chunk])
             check_finite(without, f"the model without block {block}", states.dtype)
             for metric in metrics:
-                which = counted[metric.name][chunk]
-                values = metric.measure(base[which], without[which], targets[chunk][which])
-                sums[metric.name][block] += values.double().sum().cpu()
+                count = counts[metric.name][chunk]
+                which = count > 0
+                values = metric.measure(base[which], without[which], targets[chunk][which]).double()
+                sums[metric.name][block] += (values @ count[which]).cpu()

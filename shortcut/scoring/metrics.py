@@ -8,7 +8,7 @@ angles are lost. Higher is always more important.
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from shortcut.errors import ShortcutError
 from shortcut.text import format_table
 
 Needs = Literal["states", "spans", "pairs", "logits", "gradients", "weights"]
+Average = Literal["tokens", "sequences"]
 # What a need costs, in passes of a batch through one of L blocks.
 COSTS: dict[Needs, str] = {
     "states": "L",
@@ -42,6 +43,7 @@ class Metric:
         gradients  (weight, gradient) of any shape -> that shape; the loss is the mean over all next tokens
         weights    (weight,) of any shape -> that shape
     tokens: whether the mean runs over all tokens, the last one of every sequence, or all that another one follows.
+    average: whether each of these counts the same, or each sequence does, however short.
     finish: turns the mean, or for gradients and weights the sum, into the score.
     """
 
@@ -52,6 +54,7 @@ class Metric:
     formula: str
     source: str
     finish: Callable[[float], float] = float
+    average: Average = "tokens"
 
 
 def cosine(before: Tensor, after: Tensor) -> Tensor:
@@ -206,9 +209,12 @@ def add_metric(metric: Metric) -> None:
     METRICS[metric.name] = metric
 
 
-def pick_metrics(names: str) -> list[Metric]:
-    """The metrics of a comma-separated list. Raises ShortcutError for an unknown name, saying which there are."""
+def pick_metrics(names: str, average: Average = "tokens") -> list[Metric]:
+    """The metrics of a comma-separated list, with means over tokens or over sequences.
+
+    Raises ShortcutError for an unknown name, saying which there are.
+    """
     wanted = [name.strip() for name in names.split(",")]
     if unknown := [name for name in wanted if name not in METRICS]:
         raise ShortcutError(f"unknown metric {unknown[0]!r}: there are {', '.join(METRICS)}")
-    return [METRICS[name] for name in dict.fromkeys(wanted)]
+    return [replace(METRICS[name], average=average) for name in dict.fromkeys(wanted)]

@@ -28,7 +28,7 @@ class Partials:
         """The sums of one walk of the run: of these metrics, without these blocks."""
         from huggingface_hub.constants import HF_HOME
 
-        rules = [(metric.name, _fingerprint(metric.measure)) for metric in metrics]
+        rules = [(metric.name, metric.tokens, metric.average, _fingerprint(metric.measure)) for metric in metrics]
         text = json.dumps([self.key, rules, sorted(missing)], sort_keys=True)
         path = Path(HF_HOME) / "shortcut" / "partial" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
         self.used.add(path)
