@@ -10,6 +10,7 @@ from shortcut.commands import read_record
 from shortcut.errors import ShortcutError
 from shortcut.processes import is_writer, writer_first
 from shortcut.progress import say
+from shortcut.records.actions import parse_actions
 from shortcut.records.blocks import parse_blocks
 from shortcut.records.scores import Scores, format_scores
 from shortcut.sources import open_model
@@ -27,6 +28,7 @@ def score(
     metric: str = "block-influence,angular",
     greedy: int = 0,
     stability: int = 0,
+    allow: str = "drop",
     protect: str = "none",
     candidates: str = "all",
     data: str = "default",
@@ -55,29 +57,29 @@ def score(
     and says how far they agree.
     """
     from shortcut.live import pick_device, pick_dtype
-    from shortcut.scoring.blocks import check_greedy
+    from shortcut.scoring.greedy import check_greedy
     from shortcut.scoring.metrics import pick_metrics
     from shortcut.scoring.stability import agreements, split_evenly
 
-    metrics = pick_metrics(metric)
+    metrics, actions = pick_metrics(metric), parse_actions(allow)
     pick_dtype(dtype, pick_device(device))
     runs.check_files(out, plot)
     with writer_first():  # it may have to fetch or convert
         checkpoint = open_model(model, revision, quiet=quiet)
     may_go = parse_candidates(candidates, protect, checkpoint.base.blocks)
     if greedy:
-        check_greedy(metrics[0], greedy, len(may_go), checkpoint.base.blocks)
+        check_greedy(metrics[0], greedy, len(may_go), checkpoint.base.blocks, actions)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
     calibration = runs.take_text(checkpoint, (data, split, column), samples, **text)
     parts = split_evenly(calibration, stability) if stability else []
     say(f"scoring {checkpoint.base.blocks} blocks of {checkpoint.name} on {calibration.tokens} tokens", quiet=quiet)
     with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
-        scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
+        how: dict[str, Any] = {"allow": actions, "quiet": quiet}
+        removing: dict[str, Any] = {"greedy": greedy, "may_go": may_go}
+        scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, **how, **removing)
         if parts:
-            alone = [
-                runs.make_scores(checkpoint, live, part, metrics, batch_size, quiet=quiet).metrics for part in parts
-            ]
+            alone = [runs.make_scores(checkpoint, live, part, metrics, batch_size, **how) for part in parts]
             agreed = {"parts": stability, **agreements(alone)}
             scores = replace(scores, settings={**scores.settings, "stability": agreed})
     if out is not None and is_writer():
@@ -95,6 +97,7 @@ def sweep(
     count: str = "1-8",
     metric: str = "block-influence,angular",
     select: str = "lowest,span,deepest",
+    allow: str = "drop",
     protect: str = "none",
     candidates: str = "all",
     data: str = "default",
@@ -122,10 +125,10 @@ def sweep(
     """
     from shortcut.choose.trials import try_plans
     from shortcut.live import pick_device, pick_dtype
-    from shortcut.scoring.blocks import check_greedy
+    from shortcut.scoring.greedy import check_greedy
     from shortcut.scoring.metrics import pick_metrics
 
-    metrics, rules = pick_metrics(metric), parse_rules(select)
+    metrics, rules, actions = pick_metrics(metric), parse_rules(select), parse_actions(allow)
     pick_dtype(dtype, pick_device(device))
     runs.check_files(out, plot)
     checkpoint = open_model(model, revision, quiet=quiet)
@@ -133,14 +136,15 @@ def sweep(
     counts, may_go = parse_blocks(count, depth + 1), parse_candidates(candidates, protect, depth)
     greedy = max(counts) if "greedy" in rules else 0
     if greedy:
-        check_greedy(metrics[0], greedy, len(may_go), depth)
+        check_greedy(metrics[0], greedy, len(may_go), depth, actions)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
     calibration = runs.take_text(checkpoint, (data, split, column), samples, **text)
     unseen = runs.take_text(checkpoint, (heldout, split, column), samples, **text)
-    how: dict[str, Any] = {"protect": protect, "candidates": candidates}
+    how: dict[str, Any] = {"allow": allow, "protect": protect, "candidates": candidates}
+    removing: dict[str, Any] = {"allow": actions, "greedy": greedy, "may_go": may_go, "quiet": quiet}
     with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
-        scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
+        scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, **removing)
         plans = [chosen for n in counts for chosen in runs.plans_by_rules(scores, rules, count=n, **how)]
         trials = try_plans(live, scores, plans, unseen, batch_size, quiet=quiet)
     if out is not None:

@@ -12,6 +12,7 @@ from shortcut.arguments import UsageError, bind, options_of
 from shortcut.choose.rules import parse_rules
 from shortcut.errors import ShortcutError
 from shortcut.progress import byte_bar, say
+from shortcut.records.actions import parse_actions
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import format_plan
 from shortcut.records.scores import Scores, format_scores
@@ -60,8 +61,11 @@ def prune(
     count: int | None = None,
     ratio: str | None = None,
     drop: str | None = None,
+    attention_only: str | None = None,
+    mlp_only: str | None = None,
     select: str = "lowest",
     metric: str = "block-influence",
+    allow: str = "drop",
     protect: str = "none",
     candidates: str = "all",
     data: str = "default",
@@ -92,7 +96,8 @@ def prune(
     from shortcut.scoring.metrics import pick_metrics
 
     base, target, source = open_model(model, revision, quiet=quiet), Path(out), (data, split, column)
-    request = Request(count, ratio, drop, parse_rules(select), pick_metrics(metric), protect, candidates)
+    by_hand, rules = commands.given_moves(drop, attention_only, mlp_only), parse_rules(select)
+    request = Request(count, ratio, by_hand, rules, pick_metrics(metric), parse_actions(allow), protect, candidates)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     loading, text = {"device": device, "dtype": dtype, **trust}, {"length": length, "seed": seed, **trust}

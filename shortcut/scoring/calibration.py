@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from shortcut.decoder import Batch
 from shortcut.errors import ShortcutError
 
 ENOUGH = 8  # times the tokens asked for: what is tokenised of a larger source before windows are picked
@@ -23,14 +23,6 @@ ENOUGH = 8  # times the tokens asked for: what is tokenised of a larger source b
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 TEXT_COLUMNS = ("text", "content", "document", "sentence")
 EMBEDDED = {"default": "calibration.txt", "heldout": "heldout.txt"}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids and their mask, both (batch, tokens); the mask is False on padding, which is on the right."""
-
-    ids: Tensor
-    mask: Tensor
 
 
 @dataclass(frozen=True)
