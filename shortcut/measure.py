@@ -12,6 +12,7 @@ from shortcut.processes import is_writer, writer_first
 from shortcut.progress import say
 from shortcut.records.blocks import parse_blocks
 from shortcut.records.scores import Scores, format_scores
+from shortcut.scoring.documents import Source
 from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import read_checkpoint
 from shortcut.surgery.stage import RECORD, write_text
@@ -32,6 +33,7 @@ def score(
     data: str = "default",
     split: str = "train",
     column: str | None = None,
+    chat_template: bool = False,
     samples: int = 16,
     length: int = 512,
     by_document: bool = False,
@@ -69,7 +71,7 @@ def score(
         check_greedy(metrics[0], greedy, len(may_go), checkpoint.base.blocks)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
-    calibration = runs.take_text(checkpoint, (data, split, column), samples, **text)
+    calibration = runs.take_text(checkpoint, Source(data, split, column, chat_template), samples, **text)
     parts = split_evenly(calibration, stability) if stability else []
     say(f"scoring {checkpoint.base.blocks} blocks of {checkpoint.name} on {calibration.tokens} tokens", quiet=quiet)
     with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
@@ -101,6 +103,7 @@ def sweep(
     heldout: str = "heldout",
     split: str = "train",
     column: str | None = None,
+    chat_template: bool = False,
     samples: int = 16,
     length: int = 512,
     by_document: bool = False,
@@ -136,8 +139,9 @@ def sweep(
         check_greedy(metrics[0], greedy, len(may_go), depth)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
-    calibration = runs.take_text(checkpoint, (data, split, column), samples, **text)
-    unseen = runs.take_text(checkpoint, (heldout, split, column), samples, **text)
+    source = Source(data, split, column, chat_template)
+    calibration = runs.take_text(checkpoint, source, samples, **text)
+    unseen = runs.take_text(checkpoint, replace(source, data=heldout), samples, **text)
     how: dict[str, Any] = {"protect": protect, "candidates": candidates}
     with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
         scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
@@ -160,6 +164,7 @@ def check(
     data: str = "heldout",
     split: str = "train",
     column: str | None = None,
+    chat_template: bool = False,
     samples: int = 16,
     length: int = 512,
     by_document: bool = False,
@@ -189,7 +194,8 @@ def check(
     if carried_out is not None:
         original = open_model(base or carried_out.base.model, revision or carried_out.base.revision, quiet=quiet)
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document}
-    heldout = runs.take_text(short, (data, split, column), samples, trust_remote_code=trust_remote_code, **text)
+    source = Source(data, split, column, chat_template)
+    heldout = runs.take_text(short, source, samples, trust_remote_code=trust_remote_code, **text)
     return check_checkpoint(
         short,
         (original, carried_out) if original is not None and carried_out is not None else None,

@@ -9,6 +9,7 @@ from shortcut.choose.rules import Select, parse_candidates
 from shortcut.progress import say
 from shortcut.records.plan import Plan
 from shortcut.records.scores import Scores
+from shortcut.scoring.documents import Source
 from shortcut.surgery.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Request:
 def select_plan(
     base: Checkpoint,
     request: Request,
-    source: tuple[str, str, str | None],
+    source: Source,
     samples: int,
     batch_size: int,
     *,
