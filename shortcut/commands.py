@@ -25,6 +25,8 @@ from shortcut.text import parse_size
 if TYPE_CHECKING:
     from shortcut.scoring.metrics import MetricList
 
+BY_HAND = "--drop (or --attention-only and --mlp-only)"
+
 
 def inspect(model: str | Path, *, revision: str | None = None, quiet: bool = False) -> Inspection:
     """Show the blocks of a model, their parameters and bytes, and what can be done to it.
@@ -67,7 +69,7 @@ def plan(
     base = known.base if known else checkpoint.base
     by_hand = given_moves(drop, attention_only, mlp_only)
     if sum(map(bool, (count is not None, ratio is not None, by_hand))) != 1:
-        raise ShortcutError("say what goes with one of --count and --ratio, or by hand with --drop and the like")
+        raise ShortcutError(f"say what goes with one of --count, --ratio and {BY_HAND}")
     why: dict[str, Any] = {}
     if by_hand:
         moves = parse_moves(by_hand, base.blocks)
@@ -112,7 +114,7 @@ def cut(
     """
     by_hand = given_moves(drop, attention_only, mlp_only)
     if (plan is None) == (not by_hand):
-        raise ShortcutError("say what goes with --plan, or by hand with --drop and the like")
+        raise ShortcutError(f"say what goes with one of --plan and {BY_HAND}")
     checkpoint = open_model(model, revision, weights=False, quiet=quiet)
     if by_hand:
         plan = Plan.of(checkpoint.base, parse_moves(by_hand, checkpoint.base.blocks))

@@ -13,6 +13,7 @@ from shortcut.progress import say
 from shortcut.records.actions import parse_actions
 from shortcut.records.blocks import parse_blocks
 from shortcut.records.scores import Scores, format_scores
+from shortcut.scoring.documents import Source
 from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import read_checkpoint
 from shortcut.surgery.stage import RECORD, write_text
@@ -34,6 +35,7 @@ def score(
     data: str = "default",
     split: str = "train",
     column: str | None = None,
+    chat_template: bool = False,
     samples: int = 16,
     length: int = 512,
     by_document: bool = False,
@@ -71,7 +73,7 @@ def score(
         check_greedy(metrics[0], greedy, len(may_go), checkpoint.base.blocks, actions)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
-    calibration = runs.take_text(checkpoint, (data, split, column), samples, **text)
+    calibration = runs.take_text(checkpoint, Source(data, split, column, chat_template), samples, **text)
     parts = split_evenly(calibration, stability) if stability else []
     say(f"scoring {checkpoint.base.blocks} blocks of {checkpoint.name} on {calibration.tokens} tokens", quiet=quiet)
     with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
@@ -104,6 +106,7 @@ def sweep(
     heldout: str = "heldout",
     split: str = "train",
     column: str | None = None,
+    chat_template: bool = False,
     samples: int = 16,
     length: int = 512,
     by_document: bool = False,
@@ -139,8 +142,9 @@ def sweep(
         check_greedy(metrics[0], greedy, len(may_go), depth, actions)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
-    calibration = runs.take_text(checkpoint, (data, split, column), samples, **text)
-    unseen = runs.take_text(checkpoint, (heldout, split, column), samples, **text)
+    source = Source(data, split, column, chat_template)
+    calibration = runs.take_text(checkpoint, source, samples, **text)
+    unseen = runs.take_text(checkpoint, replace(source, data=heldout), samples, **text)
     how: dict[str, Any] = {"allow": allow, "protect": protect, "candidates": candidates}
     removing: dict[str, Any] = {"allow": actions, "greedy": greedy, "may_go": may_go, "quiet": quiet}
     with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
@@ -164,6 +168,7 @@ def check(
     data: str = "heldout",
     split: str = "train",
     column: str | None = None,
+    chat_template: bool = False,
     samples: int = 16,
     length: int = 512,
     by_document: bool = False,
@@ -193,7 +198,8 @@ def check(
     if carried_out is not None:
         original = open_model(base or carried_out.base.model, revision or carried_out.base.revision, quiet=quiet)
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document}
-    heldout = runs.take_text(short, (data, split, column), samples, trust_remote_code=trust_remote_code, **text)
+    source = Source(data, split, column, chat_template)
+    heldout = runs.take_text(short, source, samples, trust_remote_code=trust_remote_code, **text)
     return check_checkpoint(
         short,
         (original, carried_out) if original is not None and carried_out is not None else None,

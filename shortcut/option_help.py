@@ -9,10 +9,14 @@ OPTION_HELP = {
     "revision": "branch, tag or commit of a Hub model",
     "metric": "one or more of what `shortcut metrics` lists, with commas",
     "data": "text: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a Hub id (org/name or org/name:subset), "
-    '"default" (embedded prose) or "heldout" (other embedded prose)',
+    '"default" (embedded prose) or "heldout" (other embedded prose); several, with commas, give equal shares of the '
+    'sequences, or as they are weighted: "3*a.txt,b.jsonl"',
     "heldout": "text for the perplexity before and after, as for --data",
     "split": "split of a Hub data set",
-    "column": "column that holds the text; found by itself when it is called text or stands alone",
+    "column": "column that holds the text, or messages; found by itself when it is called text or messages, or stands "
+    "alone",
+    "chat_template": "have the tokenizer's chat template write every document: a list of messages as it is, text as "
+    "one message of the user",
     "samples": "number of sequences",
     "length": "tokens of a sequence",
     "batch_size": "sequences per forward pass",

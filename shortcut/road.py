@@ -16,6 +16,7 @@ from shortcut.records.actions import parse_actions
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import format_plan
 from shortcut.records.scores import Scores, format_scores
+from shortcut.scoring.documents import Source
 from shortcut.selection import Request, select_plan
 from shortcut.sources import embedded_model, open_model
 from shortcut.surgery.config import check_family
@@ -71,6 +72,7 @@ def prune(
     data: str = "default",
     split: str = "train",
     column: str | None = None,
+    chat_template: bool = False,
     samples: int = 16,
     length: int = 512,
     by_document: bool = False,
@@ -95,7 +97,8 @@ def prune(
     from shortcut.live import pick_device, pick_dtype
     from shortcut.scoring.metrics import pick_metrics
 
-    base, target, source = open_model(model, revision, quiet=quiet), Path(out), (data, split, column)
+    base, target = open_model(model, revision, quiet=quiet), Path(out)
+    source = Source(data, split, column, chat_template)
     by_hand, rules = commands.given_moves(drop, attention_only, mlp_only), parse_rules(select)
     request = Request(count, ratio, by_hand, rules, pick_metrics(metric), parse_actions(allow), protect, candidates)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
@@ -108,9 +111,8 @@ def prune(
     pick_dtype(dtype, pick_device(device))
     for plan in request.foresee(base):
         report_cut(base, plan, target, limit, written=False)
-    unseen = runs.take_text(
-        base, (heldout, split, column), HELDOUT_SAMPLES, **{**text, "length": min(length, HELDOUT_LENGTH), "seed": 0}
-    )
+    fixed = text | {"length": min(length, HELDOUT_LENGTH), "seed": 0}
+    unseen = runs.take_text(base, replace(source, data=heldout), HELDOUT_SAMPLES, **fixed)
 
     text["by_document"] = by_document
     plan, scores, trials = select_plan(

@@ -12,6 +12,7 @@ from shortcut.processes import own_part
 from shortcut.records.actions import Action, Move
 from shortcut.records.plan import Plan
 from shortcut.records.scores import Measured, Scores
+from shortcut.scoring.documents import Source
 from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.stage import check_file
 
@@ -32,14 +33,14 @@ def check_files(out: Path | None, plot: Path | None) -> None:
 
 
 def take_text(
-    checkpoint: Checkpoint, source: tuple[str, str, str | None], samples: int, *, trust_remote_code: bool, **how: Any
+    checkpoint: Checkpoint, source: Source, samples: int, *, trust_remote_code: bool, **how: Any
 ) -> "Calibration":
-    """Tokenise text for a checkpoint. source: data, split and column; how: the other options of `make_calibration`."""
+    """Tokenise text for a checkpoint. how: the other options of `make_calibration`, which says what can go wrong."""
     from shortcut.live import load_tokenizer
-    from shortcut.scoring.calibration import Source, make_calibration
+    from shortcut.scoring.calibration import make_calibration
 
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    return make_calibration(tokenizer, Source(*source), samples=samples, **how)
+    return make_calibration(tokenizer, source, samples=samples, **how)
 
 
 def start(checkpoint: Checkpoint, **how: Any) -> AbstractContextManager[Any]:

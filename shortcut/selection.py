@@ -10,6 +10,7 @@ from shortcut.progress import say
 from shortcut.records.actions import Action, Move
 from shortcut.records.plan import Plan
 from shortcut.records.scores import Measured, Scores
+from shortcut.scoring.documents import Source
 from shortcut.surgery.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Request:
 def select_plan(
     base: Checkpoint,
     request: Request,
-    source: tuple[str, str, str | None],
+    source: Source,
     samples: int,
     batch_size: int,
     *,

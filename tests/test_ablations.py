@@ -12,7 +12,8 @@ from shortcut.decoder import Decoder
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
 from shortcut.records.actions import Move
-from shortcut.scoring.calibration import Calibration, Source, make_batches
+from shortcut.scoring.calibration import Calibration, make_batches
+from shortcut.scoring.documents import Source
 from shortcut.scoring.metrics import METRICS, Metric, add_metric, perplexity_of
 from shortcut.scoring.walk import walk
 from tests.conftest import DEPTH, FAMILIES
@@ -142,7 +143,8 @@ def test_families_of_other_builds_are_walked(family: str) -> None:
     """Blocks that return lists, decoders found by their blocks, blocks of several kinds."""
     model = tiny_model(family, "causal").eval()
     rows = [torch.tensor([5, 9, 7, 3, 8, 6]), torch.tensor([4, 8, 6, 9])]
-    calibration = Calibration(Source(), 6, 0, False, False, tuple(tuple(row.tolist()) for row in rows))
+    sequences = tuple(tuple(row.tolist()) for row in rows)
+    calibration = Calibration(Source(), 6, 0, False, False, sequences, (0,) * len(sequences))
     scores = scores_of(model, make_batches(calibration, 1), [METRICS["perplexity"], METRICS["kl-all"]])
     expected = ablate_plainly(model, rows)
     for name, values in scores.items():

@@ -13,7 +13,8 @@ import shortcut
 from shortcut.decoder import Batch, Decoder
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
-from shortcut.scoring.calibration import Calibration, Source, make_batches
+from shortcut.scoring.calibration import Calibration, make_batches
+from shortcut.scoring.documents import Source
 from shortcut.scoring.metrics import METRICS, block_influence, cosine, pairwise_cosines, pick_metrics
 from shortcut.scoring.walk import walk
 from tests.conftest import DEPTH, FAMILIES, VOCABULARY
@@ -34,7 +35,7 @@ def sequences_of(*lengths: int) -> Calibration:
     """Random sequences of these lengths."""
     generator = torch.Generator().manual_seed(3)
     rows = [tuple(torch.randint(4, VOCABULARY - 3, (n,), generator=generator).tolist()) for n in lengths]
-    return Calibration(Source(), max(lengths), 0, False, False, tuple(rows))
+    return Calibration(Source(), max(lengths), 0, False, False, tuple(rows), (0,) * len(rows))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -166,6 +167,8 @@ def test_score_command_writes_what_it_returns(llama: Path, tmp_path: Path) -> No
         "data": "default",
         "split": "train",
         "column": None,
+        "chat_template": False,
+        "domains": [{"data": "default", "weight": 1, "samples": 3}],
         "samples": 3,
         "length": 32,
         "tokens": 96,

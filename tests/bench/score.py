@@ -15,7 +15,8 @@ from torch import Tensor
 from shortcut.decoder import Batch
 from shortcut.live import Model, decode, load_model, load_tokenizer
 from shortcut.offload import open_live
-from shortcut.scoring.calibration import Source, make_batches, make_calibration
+from shortcut.scoring.calibration import make_batches, make_calibration
+from shortcut.scoring.documents import Source
 from shortcut.scoring.metrics import METRICS, angular_distance, block_influence, l2, relative_magnitude, variance
 from shortcut.sources import embedded_model, open_model
 from shortcut.surgery.checkpoint import read_checkpoint
