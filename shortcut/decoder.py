@@ -4,7 +4,7 @@ What every block is called with is noted in a forward pass of the decoder in whi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,39 +41,52 @@ class Batch:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A live model taken apart: its blocks, how each wraps the hidden states that it returns, and its vocabulary."""
+    """A live model taken apart: its blocks, how each wraps the hidden states that it returns, and its vocabulary.
+
+    fault: why its blocks cannot be run one by one, in the few families where they hand on more than hidden states.
+    """
 
     model: Model
     blocks: nn.ModuleList
     forms: tuple[Callable[[Tensor], Any], ...]
     vocabulary: int
+    fault: str | None = None
     known: dict[str, Branches] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Model) -> "Decoder":
-        """Take a model apart, and make sure on a few tokens that its parts make up the whole.
+        """Take a model apart, and find out on a few tokens whether its parts make up the whole.
 
-        Raises ShortcutError where its blocks cannot be told, and where they hand on more than hidden states, so that
-        they cannot be run one by one.
+        Raises ShortcutError where its blocks cannot be told, and where it does not run on text alone.
         """
-        family, batch = model.config.model_type, _probe(model)
+        batch = _probe(model)
         try:
             forms, logits = output_forms(model, batch.ids)
-            decoder = cls(model, find_blocks(model), tuple(forms), logits.shape[-1])
-            with torch.no_grad():
-                last = decoder.states(batch)[-1]
-                walked, expected = decoder.predict(last[0]), torch.log_softmax(logits[0].float(), dim=-1)
         except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())[:200]
-            raise ShortcutError(f"the blocks of {family} cannot be run one by one on text: {reason}") from None
+            raise ShortcutError(f"{model.config.model_type} cannot be run on text alone: {reason}") from None
+        decoder = cls(model, find_blocks(model), tuple(forms), logits.shape[-1])
+        return replace(decoder, fault=decoder._find_fault(batch, logits[0]))
+
+    def _find_fault(self, batch: Batch, logits: Tensor) -> str | None:
+        """Why the blocks cannot be run one by one, given what the whole model makes of a batch."""
+        try:
+            with torch.no_grad():
+                last = self.states(batch)[-1]
+                walked, expected = self.predict(last[0]), torch.log_softmax(logits.float(), dim=-1)
+        except LOADING_ERRORS as error:
+            return " ".join(str(error).split())[:200]
         if last.shape[:2] != batch.ids.shape:
-            shape = f"their states are {tuple(last.shape)}, not (batch, tokens, width)"
-            raise ShortcutError(f"the blocks of {family} cannot be run one by one: {shape}")
+            return f"their states are {tuple(last.shape)}, not (batch, tokens, width)"
         difference = (walked - expected).abs().max().item()
-        if difference > TOLERANCE * expected.abs().max().item():
-            fault = f"log probabilities differ by {difference:.3g}"
-            raise ShortcutError(f"the blocks of {family} cannot be run one by one: {fault}")
-        return decoder
+        alike = difference <= TOLERANCE * expected.abs().max().item()
+        return None if alike else f"log probabilities differ by {difference:.3g}"
+
+    def check_alone(self, what: str) -> None:
+        """Raise ShortcutError where blocks cannot be run one by one, for what needs that."""
+        if self.fault is not None:
+            family = self.model.config.model_type
+            raise ShortcutError(f"{what} needs blocks that run one by one, and those of {family} do not: {self.fault}")
 
     def calls(self, batch: Batch) -> list[Call]:
         """What every block is called with in a forward pass of this batch; the blocks themselves do not run."""
@@ -115,7 +128,8 @@ class Decoder:
         return states
 
     def branches(self, number: int) -> Branches:
-        """The two halves of a block. Raises ShortcutError where it is not the sum, or the chain, of two."""
+        """The two halves of a block. Raises ShortcutError as `find_branches` and `check_alone` do."""
+        self.check_alone("half a block")
         block = self.blocks[number]
         build = repr(block)  # what is built alike is tried once
         if build not in self.known:
@@ -136,8 +150,11 @@ class Decoder:
     def predict(self, states: Tensor) -> Tensor:
         """Log probabilities of the next token after the states of the last block: (n, width) -> (n, vocabulary).
 
-        The model's own way from there on, final norm, vocabulary projection and all, in float32.
+        The model's own way from there on, final norm, vocabulary projection and all, in float32. Where blocks cannot be
+        run one by one, the states are logits already.
         """
+        if self.fault is not None:
+            return torch.log_softmax(states.float(), dim=-1)
 
         def stand_in(number: int) -> Callable[..., Any]:
             return lambda *_, **__: self.forms[number](states[:, None])

@@ -9,6 +9,7 @@ from shortcut import __version__
 from shortcut.choose.rules import Select
 from shortcut.commands import plan
 from shortcut.processes import own_part
+from shortcut.progress import say
 from shortcut.records.actions import Action, Move
 from shortcut.records.plan import Plan
 from shortcut.records.scores import Measured, Scores
@@ -78,6 +79,9 @@ def make_scores(
     settings = {"device": str(live.device), "dtype": str(live.dtype).removeprefix("torch."), "batch_size": batch_size}
     partials = Partials({**settings, **identify(checkpoint), "calibration": calibration.hash, "part": own_part()})
     decoder, sizes, total = Decoder.of(live), checkpoint.block_parameters, checkpoint.parameters
+    if decoder.fault is not None:
+        slow = "the whole model runs for each of them, which is slow"
+        say(f"the blocks of {checkpoint.name} cannot be run one by one ({decoder.fault}): {slow}", quiet=quiet)
     how: dict[str, Any] = {"allow": allow, "partials": partials, "quiet": quiet}
     found = score_blocks(decoder, batches, metrics, **how)
     halves: Measured = {action: scores for action, scores in found.items() if action != "drop"}

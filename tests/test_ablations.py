@@ -1,6 +1,7 @@
 """Metrics that take blocks out, and metrics of weights, equal hooks on the whole model, loops and plain autograd."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from shortcut.decoder import Decoder
+from shortcut.decoder import Batch, Decoder
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
 from shortcut.records.actions import Move
+from shortcut.scoring.blocks import score_blocks
 from shortcut.scoring.calibration import Calibration, make_batches
 from shortcut.scoring.documents import Source
+from shortcut.scoring.greedy import remove_greedily
 from shortcut.scoring.metrics import METRICS, Metric, add_metric, perplexity_of
-from shortcut.scoring.walk import walk
+from shortcut.scoring.walk import AS_IT_IS, walk
 from tests.conftest import DEPTH, FAMILIES
 from tests.reference import blocks_of, bypassed, logits, scores_of
 from tests.sweep.tiny import tiny_model
@@ -104,7 +107,7 @@ def test_block_passes_are_the_fewest(room: int, llama: Path, monkeypatch: pytest
         list(walk(decoder, batch, ablated=ablated))
     assert sum(passes) == len(batch.ids) * DEPTH * (DEPTH + 1) // 2
     assert max(passes) <= max(len(batch.ids), room // 5)
-    assert sorted(ablated) == [Move(block) for block in range(DEPTH)]
+    assert sorted(ablated) == sorted([AS_IT_IS, *(Move(block) for block in range(DEPTH))])
 
 
 def test_perplexity_has_no_end() -> None:
@@ -129,13 +132,12 @@ def test_a_metric_of_ones_own(llama: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert scores == pytest.approx([(step.after - step.before).abs().sum(-1).mean().item() for step in steps])
 
 
-def test_models_that_cannot_be_walked_are_refused(llama: Path) -> None:
-    """Where the parts do not make up the whole, scores would be wrong: the walk is compared with the model first."""
+def test_the_parts_are_compared_with_the_whole(llama: Path) -> None:
+    """Where the parts do not make up the whole, scores by them would be wrong: that is found before."""
     model = load_model(llama)
-    Decoder.of(model)
+    assert Decoder.of(model).fault is None
     model.model.norm.register_forward_hook(lambda _, args, output: output * (1 + 9 * (args[0].shape[1] > 1)))
-    with pytest.raises(ShortcutError, match="the blocks of llama cannot be run one by one: log probabilities differ"):
-        Decoder.of(model)
+    assert "log probabilities differ" in (Decoder.of(model).fault or "")
 
 
 @pytest.mark.parametrize("family", ["openai-gpt", "modernbert-decoder", "falcon", "nemotron_h"])
@@ -152,14 +154,43 @@ def test_families_of_other_builds_are_walked(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "reason"),
+    ("family", "fault"),
     [
-        ("zaya", "log probabilities differ by"),
-        ("glm_moe_dsa", "on text: Shared DSA layers require"),
+        ("glm_moe_dsa", "Shared DSA layers require"),
         ("xlnet", r"their states are \(8, 1, 32\), not"),
+        ("gemma3n_text", "index 1 is out of bounds"),
+        ("prophetnet", "mat1 and mat2 shapes cannot be multiplied"),
     ],
 )
-def test_families_whose_blocks_hand_on_more_are_refused(family: str, reason: str) -> None:
-    """One line says why, instead of wrong scores."""
-    with pytest.raises(ShortcutError, match=f"the blocks of {family} cannot be run one by one.*{reason}"):
-        Decoder.of(tiny_model(family, "causal").eval())
+def test_families_whose_blocks_hand_on_more(family: str, fault: str) -> None:
+    """The whole model runs for every ablation then, with the same scores; what needs single blocks is one line."""
+    model = tiny_model(family, "causal").eval()
+    decoder = Decoder.of(model)
+    assert re.search(fault, decoder.fault or "")
+    rows = [torch.tensor([5, 9, 7, 3, 8, 6]), torch.tensor([4, 8, 6, 9, 3, 5])]
+    sequences = tuple(tuple(row.tolist()) for row in rows)
+    batches = make_batches(Calibration(Source(), 6, 0, False, False, sequences, (0, 0)), 2)
+    scores = scores_of(model, batches, [METRICS["perplexity"], METRICS["kl-all"]])
+    expected = ablate_plainly(model, rows)
+    for name, values in scores.items():
+        torch.testing.assert_close(values, tuple(expected[name]), rtol=1e-4, atol=1e-5)
+    (((block, _), score),) = remove_greedily(decoder, batches, METRICS["perplexity"], 1, range(len(decoder.blocks)))
+    assert score == pytest.approx(min(expected["perplexity"]), rel=1e-4)
+    assert block == expected["perplexity"].index(min(expected["perplexity"]))
+    for name, allow in (("taylor", ("drop",)), ("kl", ("mlp-only",))):
+        with pytest.raises(ShortcutError, match=f"needs blocks that run one by one, and those of {family} do not"):
+            score_blocks(decoder, batches, [METRICS[name]], allow=allow)
+
+
+def test_states_that_are_no_tokens_by_width() -> None:
+    """Metrics of states are refused where the states are of another shape, with what can be used instead."""
+    model = tiny_model("gemma3n_text", "causal").eval()
+    batches = make_batches(sequences_of(6), 1)
+    with pytest.raises(ShortcutError, match=r"the states between blocks are \(.*\), not .*: use kl or perplexity"):
+        scores_of(model, [Batch(batches[0].ids % 60, batches[0].mask)], [METRICS["l2"]])
+
+
+def test_models_that_need_more_than_text() -> None:
+    """A model that cannot run without an image is one line."""
+    with pytest.raises(ShortcutError, match="kosmos-2 cannot be run on text alone"):
+        Decoder.of(tiny_model("kosmos-2", "image-text").eval())

@@ -1,5 +1,6 @@
 """A run that was killed goes on where it stopped, with the scores of one that never was."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,21 @@ def test_partial_sums_are_for_the_same_run_only(llama: Path, cache: Path, walks:
 
 
 def test_what_names_a_run() -> None:
-    """Key, metrics with their functions, and missing blocks decide; the order of missing blocks does not."""
-    partials = Partials({"a": 1})
-    one = partials.of([METRICS["l2"]], [1, 2])
-    assert partials.of([METRICS["l2"]], [2, 1]) == one
-    assert Partials({"a": 2}).of([METRICS["l2"]], [1, 2]) != one
-    assert partials.of([METRICS["kl"]], [1, 2]) != one
+    """Key, metrics with their functions and means, actions, and what has been done decide; the order does not."""
+    partials, drop, done = Partials({"a": 1}), ("drop",), {1: "drop", 2: "mlp-only"}
+    one = partials.of([METRICS["l2"]], drop, done)
+    assert partials.of([METRICS["l2"]], drop, dict(reversed(done.items()))) == one
     own = Metric("l2", lambda x, y: y - x + 7, "states", "all", "", "")
-    assert partials.of([own], [1, 2]) != one
+    others = [
+        Partials({"a": 2}).of([METRICS["l2"]], drop, done),
+        partials.of([METRICS["kl"]], drop, done),
+        partials.of([own], drop, done),
+        partials.of([replace(METRICS["l2"], average="sequences")], drop, done),
+        partials.of([METRICS["l2"]], ("drop", "mlp-only"), done),
+        partials.of([METRICS["l2"]], drop, {1: "drop", 2: "drop"}),
+    ]
+    assert one not in others
+    assert len({other.path for other in others}) == len(others)
 
 
 def test_damaged_sums_count_as_none(tmp_path: Path) -> None:

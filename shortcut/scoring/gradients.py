@@ -52,6 +52,7 @@ def score_weights(
             with resident(block):
                 add(metric, number, _weights(block))
     if of_gradients:
+        decoder.check_alone(of_gradients[0].name)
         for number, weights, gradients in _gradients(decoder, batches, quiet=quiet):
             for metric in of_gradients:
                 add(metric, number, weights, gradients)

@@ -29,6 +29,7 @@ def score_pairs(
     The states between all blocks are kept, in memory or in files. Raises ShortcutError for too few tokens, and where
     the states are not finite.
     """
+    decoder.check_alone(metrics[0].name)
     depth, tokens = len(decoder.blocks), sum(int(batch.mask.sum()) for batch in batches)
     with TemporaryDirectory(prefix="shortcut-") as folder:
         budget = Budget(free_memory(decoder.model.device) // 4, Path(folder))

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from shortcut.decoder import Batch, Decoder
+from shortcut.errors import ShortcutError
 from shortcut.records.actions import Action, Move
 from shortcut.scoring.metrics import Metric, cosine, pairwise_cosines
 from shortcut.scoring.store import Budget, Store
-from shortcut.scoring.walk import Step, check_finite, walk
+from shortcut.scoring.walk import AS_IT_IS, Step, check_finite, walk
 
 TOKENS_AT_ONCE = 64  # for pairwise cosines: the stack of their states fits a processor's cache
 LOGITS_AT_ONCE = 1 << 22  # log probabilities of one stream in memory: 16 MB; more is slower on a CPU
@@ -39,7 +40,8 @@ def add_batch(
     points: Store[int] = Store(budget)  # between the blocks
     rows = _union(of_spans, batch)
     for step in walk(decoder, batch, ablated=ablated, allow=allow, done=done):
-        check_finite(step.after[batch.mask].float(), f"block {step.block}", step.after.dtype)
+        if of_steps or of_spans or decoder.fault is None:
+            _check_states(step, batch)
         _add_step(step, batch, of_steps, sums)
         if of_spans:
             _add_halves(step, batch, of_spans, sums)
@@ -51,11 +53,11 @@ def add_batch(
             [*points.values()], {metric.name: weights(metric, batch)[rows] for metric in of_spans}, of_spans, sums
         )
     if ablated is not None:
-        whole = step.after
+        untouched: dict[Move, Tensor] = {}
         if done:
-            *_, last = walk(decoder, batch)
-            whole = last.after
-        _add_ablations(decoder, batch, whole, step.after, ablated, of_logits, sums)
+            list(walk(decoder, batch, ablated=untouched, allow=()))
+        whole = untouched.get(AS_IT_IS, ablated[AS_IT_IS])
+        _add_ablations(decoder, batch, whole, ablated, of_logits, sums)
 
 
 def chosen(metric: Metric, batch: Batch) -> Tensor:
@@ -85,6 +87,13 @@ def _parts(step: Step) -> dict[Action, tuple[Tensor, Tensor]]:
     if step.between is not None:
         parts |= {"attention-only": (step.between, step.after), "mlp-only": (step.before, step.between)}
     return parts
+
+
+def _check_states(step: Step, batch: Batch) -> None:
+    shape = tuple(step.after.shape)
+    if shape[:2] != batch.ids.shape:
+        raise ShortcutError(f"the states between blocks are {shape}, not (batch, tokens, width): use kl or perplexity")
+    check_finite(step.after[batch.mask].float(), f"block {step.block}", step.after.dtype)
 
 
 def _add_step(step: Step, batch: Batch, metrics: Sequence[Metric], sums: Sums) -> None:
@@ -121,12 +130,11 @@ def _add_ablations(
     decoder: Decoder,
     batch: Batch,
     whole: Tensor,
-    now: Tensor,
     ablated: Mapping[Move, Tensor],
     metrics: Sequence[Metric],
     sums: Sums,
 ) -> None:
-    """States behind the last block, (batch, tokens, width): of the whole model, as it is now, and after every move."""
+    """whole: states behind the last block of the whole model, (batch, tokens, width); ablated: those after moves."""
     rows = _union(metrics, batch)
     targets = batch.ids.roll(-1, dims=1)[rows]
     counts = {metric.name: weights(metric, batch)[rows] for metric in metrics}
@@ -134,8 +142,9 @@ def _add_ablations(
     for start in range(0, len(targets), room):
         chunk = slice(start, start + room)
         base = decoder.predict(whole[rows][chunk])
-        for block, action in (Move(0, "keep"), *ablated):
-            states = now if action == "keep" else ablated[Move(block, action)]
+        for move in ablated:
+            block, action = move
+            states = ablated[move]
             without = base if states is whole else decoder.predict(states[rows][chunk])
             check_finite(without, f"the model without block {block}", states.dtype)
             for metric in metrics:

@@ -8,23 +8,28 @@ A block, or half of it, is taken out by not calling it: its ablation is a stream
 of the block, and goes on through the blocks behind it. All L ablations of whole blocks cost L (L - 1) / 2 passes beyond
 the L of the walk itself, as nothing in front of a missing block is computed twice; streams go through a block several
 at a time, as one batch.
+
+In the few families whose blocks cannot be run one by one, the whole model runs once, and once more for every ablation;
+what comes out at the end of a stream are its logits then.
 """
 
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shortcut.decoder import Batch, Decoder
 from shortcut.errors import ShortcutError
-from shortcut.live import hidden_input
+from shortcut.live import hidden_input, hidden_output
 from shortcut.offload import resident
 from shortcut.records.actions import Action, Move, join
 
 TOKENS_PER_CALL = 4096  # of several streams together: more is no faster, and attention needs memory for all of them
 NOTHING: Mapping[int, Action] = {}
+AS_IT_IS = Move(0, "keep")
 WHOLE: tuple[Action, ...] = ("drop",)
 
 
@@ -51,10 +56,13 @@ def walk(
 ) -> Iterator[Step]:
     """Yield every block's step in order, for one batch of tokens on the model's device.
 
-    ablated: an empty mapping, which at the end holds for every move the states behind the last block after it. allow:
-    the actions of these moves; what a move names is all that is then done to its block. done: what has been done to
-    blocks already; dropped ones have no step.
+    ablated: an empty mapping, which at the end holds for every move what `Decoder.predict` takes, and under AS_IT_IS
+    the same with no move made. allow: the actions of these moves; what a move names is all that is then done to its
+    block. done: what has been done to blocks already; dropped ones have no step.
     """
+    if decoder.fault is not None:
+        yield from _walk_as_a_whole(decoder, batch, ablated, allow, done)
+        return
     room = max(1, TOKENS_PER_CALL // batch.ids.numel())
     calls = {1: decoder.calls(batch)}
     hidden = hidden_input(*calls[1][0])
@@ -71,9 +79,50 @@ def walk(
                 ablated.update(zip(group, behind, strict=True))
             for action in outcomes(own, allow):
                 ablated[Move(number, action)] = decoder.run(number, hidden, call, action)
-        halved = own == "keep" and set(allow) != set(WHOLE)
+        halved = own == "keep" and bool(set(allow) - set(WHOLE))
         yield Step(number, hidden, after, decoder.run(number, hidden, call, "attention-only") if halved else None)
         hidden = after
+    if ablated is not None:
+        ablated[AS_IT_IS] = hidden
+
+
+def _walk_as_a_whole(
+    decoder: Decoder,
+    batch: Batch,
+    ablated: MutableMapping[Move, Tensor] | None,
+    allow: Collection[Action],
+    done: Mapping[int, Action],
+) -> Iterator[Step]:
+    if set(allow) - set(WHOLE):
+        decoder.check_alone("half a block")
+    blocks, mask = decoder.blocks, None if batch.mask.all() else batch.mask.long()
+    states: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def note(number: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            states[number] = (hidden_input(args, kwargs), hidden_output(output))
+
+        return hook
+
+    def hand_on(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = hidden_input(args, kwargs)  # later blocks may need what else a block gives: it runs all the same
+        return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
+
+    def logits(hooks: Mapping[int, Callable[..., Any]]) -> Tensor:
+        with ExitStack() as stack:
+            for number, hook in hooks.items():
+                stack.callback(blocks[number].register_forward_hook(hook, with_kwargs=True).remove)
+            return decoder.model(input_ids=batch.ids, attention_mask=mask, use_cache=False).logits
+
+    left = running(decoder, done)
+    gone = {number: hand_on for number in range(len(blocks)) if number not in left}
+    whole = logits({**gone, **{number: note(number) for number in left}})
+    for number in left:
+        if ablated is not None:
+            ablated[Move(number)] = logits({**gone, number: hand_on})
+        yield Step(number, *states.pop(number))
+    if ablated is not None:
+        ablated[AS_IT_IS] = whole
 
 
 def outcomes(own: Action, allow: Collection[Action]) -> list[Action]:
