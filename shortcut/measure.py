@@ -11,7 +11,7 @@ from shortcut.errors import ShortcutError
 from shortcut.processes import is_writer, writer_first
 from shortcut.progress import say
 from shortcut.records.blocks import parse_blocks
-from shortcut.records.scores import Scores, format_scores
+from shortcut.records.scores import Average, Scores, format_scores
 from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import read_checkpoint
 from shortcut.surgery.stage import RECORD, write_text
@@ -25,6 +25,7 @@ def score(
     model: str | Path,
     *,
     metric: str = "block-influence,angular",
+    average: Average = "tokens",
     greedy: int = 0,
     stability: int = 0,
     protect: str = "none",
@@ -59,7 +60,7 @@ def score(
     from shortcut.scoring.metrics import pick_metrics
     from shortcut.scoring.stability import agreements, split_evenly
 
-    metrics = pick_metrics(metric)
+    metrics = pick_metrics(metric, average)
     pick_dtype(dtype, pick_device(device))
     runs.check_files(out, plot)
     with writer_first():  # it may have to fetch or convert
@@ -94,6 +95,7 @@ def sweep(
     *,
     count: str = "1-8",
     metric: str = "block-influence,angular",
+    average: Average = "tokens",
     select: str = "lowest,span,deepest",
     protect: str = "none",
     candidates: str = "all",
@@ -125,7 +127,7 @@ def sweep(
     from shortcut.scoring.blocks import check_greedy
     from shortcut.scoring.metrics import pick_metrics
 
-    metrics, rules = pick_metrics(metric), parse_rules(select)
+    metrics, rules = pick_metrics(metric, average), parse_rules(select)
     pick_dtype(dtype, pick_device(device))
     runs.check_files(out, plot)
     checkpoint = open_model(model, revision, quiet=quiet)

@@ -8,6 +8,7 @@ OPTION_HELP = {
     "recipe": "a YAML file: the options of one command, by name",
     "revision": "branch, tag or commit of a Hub model",
     "metric": "one or more of what `shortcut metrics` lists, with commas",
+    "average": "what counts the same in the mean of a metric: tokens, or sequences, however short",
     "data": "text: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a Hub id (org/name or org/name:subset), "
     '"default" (embedded prose) or "heldout" (other embedded prose)',
     "heldout": "text for the perplexity before and after, as for --data",

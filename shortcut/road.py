@@ -14,7 +14,7 @@ from shortcut.errors import ShortcutError
 from shortcut.progress import byte_bar, say
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import format_plan
-from shortcut.records.scores import Scores, format_scores
+from shortcut.records.scores import Average, Scores, format_scores
 from shortcut.selection import Request, select_plan
 from shortcut.sources import embedded_model, open_model
 from shortcut.surgery.config import check_family
@@ -62,6 +62,7 @@ def prune(
     drop: str | None = None,
     select: str = "lowest",
     metric: str = "block-influence",
+    average: Average = "tokens",
     protect: str = "none",
     candidates: str = "all",
     data: str = "default",
@@ -92,7 +93,7 @@ def prune(
     from shortcut.scoring.metrics import pick_metrics
 
     base, target, source = open_model(model, revision, quiet=quiet), Path(out), (data, split, column)
-    request = Request(count, ratio, drop, parse_rules(select), pick_metrics(metric), protect, candidates)
+    request = Request(count, ratio, drop, parse_rules(select), pick_metrics(metric, average), protect, candidates)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     loading, text = {"device": device, "dtype": dtype, **trust}, {"length": length, "seed": seed, **trust}

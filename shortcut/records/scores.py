@@ -9,13 +9,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shortcut.errors import ShortcutError
 from shortcut.records.plan import FORMAT, Base, check_format, read_base
 from shortcut.text import format_table
 
 Triangle = tuple[tuple[float, ...], ...]
+Average = Literal["tokens", "sequences"]  # what counts the same in a mean over text
 
 
 @dataclass(frozen=True)
