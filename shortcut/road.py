@@ -1,16 +1,12 @@
-"""The whole road in one call: score, plan, cut, check; from options (`prune`), from a file (`run`), as a demo."""
+"""The whole road in one call: score, plan, cut, check; from options (`prune`), or as a demo."""
 
 import importlib.util
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from shortcut import commands, measure, runs
-from shortcut.arguments import UsageError, bind, options_of
+from shortcut import runs
 from shortcut.choose.rules import parse_rules
-from shortcut.errors import ShortcutError
 from shortcut.progress import byte_bar, say
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import format_plan
@@ -93,7 +89,8 @@ def prune(
     from shortcut.scoring.metrics import pick_metrics
 
     base, target, source = open_model(model, revision, quiet=quiet), Path(out), (data, split, column)
-    request = Request(count, ratio, drop, parse_rules(select), pick_metrics(metric, average), protect, candidates)
+    metrics = pick_metrics(metric, average)
+    request = Request(count, ratio, drop, parse_rules(select), metrics, protect, candidates)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     loading, text = {"device": device, "dtype": dtype, **trust}, {"length": length, "seed": seed, **trust}
@@ -139,35 +136,6 @@ def _describe(folder: Path, report: PruneReport) -> None:
         if picture:
             draw_scores(report.scores, folder / "scores.png", plan.dropped)
     write_text(folder / "README.md", format_card(plan, report.cut, report.check, picture=picture))
-
-
-def run(recipe: Path, *, quiet: bool = False) -> Any:
-    """Run the command that a recipe file describes, with its options by name.
-
-    A recipe is YAML: `command: prune`, then that command's options, such as `model: org/name` or `count: 7`.
-    """
-    try:
-        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ShortcutError(f"cannot read the recipe {recipe}: {' '.join(str(error).split())}") from None
-    runnable = {
-        command.__name__: command
-        for command in (
-            *(commands.inspect, commands.plan, commands.cut, commands.diff),
-            *(measure.score, measure.sweep, measure.check, prune),
-        )
-    }
-    if not isinstance(content, dict) or content.get("command") not in runnable:
-        raise ShortcutError(f"{recipe} needs an entry command: with one of {', '.join(runnable)}")
-    command = runnable[content.pop("command")]
-    texts = {str(name).replace("-", "_"): str(value) for name, value in content.items() if value is not None}
-    if quiet and "quiet" in options_of(command):
-        texts["quiet"] = "True"
-    try:
-        arguments = bind(command, texts)
-    except UsageError as error:
-        raise ShortcutError(f"{recipe}: {error}") from None
-    return command(**arguments)
 
 
 @dataclass(frozen=True)

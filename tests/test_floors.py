@@ -24,6 +24,7 @@ FLOORS = [
     {"runs"},
     {"measure", "selection"},
     {"road"},
+    {"recipes"},
     {"cli"},
     {"__main__"},
 ]
