@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortcut.choose.rules import Select, parse_protect, parse_ratio, pick_count, pick_ratio, removals
 from shortcut.errors import ShortcutError
+from shortcut.presets import PresetName, with_presets
 from shortcut.progress import byte_bar
 from shortcut.records.blocks import parse_blocks
 from shortcut.records.plan import Plan, format_plan, read_plan
@@ -34,12 +35,14 @@ def inspect(model: str | Path, *, revision: str | None = None, quiet: bool = Fal
     return inspect_checkpoint(open_model(model, revision, weights=False, quiet=quiet))
 
 
+@with_presets
 def plan(
     scores: str | Path | Scores,
     *,
     count: int | None = None,
     ratio: str | None = None,
     drop: str | None = None,
+    preset: PresetName | None = None,
     select: Select = "lowest",
     metric: str | None = None,
     protect: str = "none",
@@ -73,6 +76,7 @@ def plan(
         else:
             blocks = pick_ratio(choices, parse_ratio(str(ratio)), parameters, block_parameters)
         why = {"select": select, "protect": protect, "candidates": candidates}
+        why |= {} if preset is None else {"preset": preset}
         if known is not None and select != "deepest":
             why |= {"metric": metric, "calibration": dict(known.calibration), "settings": dict(known.settings)}
     chosen = Plan.dropping(base, blocks, why)

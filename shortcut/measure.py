@@ -8,6 +8,7 @@ from shortcut import runs
 from shortcut.choose.rules import parse_candidates, parse_rules
 from shortcut.commands import read_record
 from shortcut.errors import ShortcutError
+from shortcut.presets import PresetName, with_presets
 from shortcut.processes import is_writer, writer_first
 from shortcut.progress import say
 from shortcut.records.blocks import parse_blocks
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     from shortcut.choose.trials import Trials
 
 
+@with_presets
 def score(
     model: str | Path,
     *,
+    preset: PresetName | None = None,
     metric: str = "block-influence,angular",
     average: Average = "tokens",
     greedy: int = 0,
@@ -72,6 +75,7 @@ def score(
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
     calibration = runs.take_text(checkpoint, (data, split, column), samples, **text)
     parts = split_evenly(calibration, stability) if stability else []
+    noted: dict[str, Any] = {} if preset is None else {"preset": preset}
     say(f"scoring {checkpoint.base.blocks} blocks of {checkpoint.name} on {calibration.tokens} tokens", quiet=quiet)
     with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
         scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
@@ -79,8 +83,8 @@ def score(
             alone = [
                 runs.make_scores(checkpoint, live, part, metrics, batch_size, quiet=quiet).metrics for part in parts
             ]
-            agreed = {"parts": stability, **agreements(alone)}
-            scores = replace(scores, settings={**scores.settings, "stability": agreed})
+            noted["stability"] = {"parts": stability, **agreements(alone)}
+        scores = replace(scores, settings={**scores.settings, **noted})
     if out is not None and is_writer():
         write_text(out, format_scores(scores))
     if plot is not None and is_writer():
@@ -90,10 +94,12 @@ def score(
     return scores
 
 
+@with_presets
 def sweep(
     model: str | Path,
     *,
     count: str = "1-8",
+    preset: PresetName | None = None,
     metric: str = "block-influence,angular",
     average: Average = "tokens",
     select: str = "lowest,span,deepest",
@@ -140,7 +146,7 @@ def sweep(
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
     calibration = runs.take_text(checkpoint, (data, split, column), samples, **text)
     unseen = runs.take_text(checkpoint, (heldout, split, column), samples, **text)
-    how: dict[str, Any] = {"protect": protect, "candidates": candidates}
+    how: dict[str, Any] = {"preset": preset, "protect": protect, "candidates": candidates}
     with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
         scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
         plans = [chosen for n in counts for chosen in runs.plans_by_rules(scores, rules, count=n, **how)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortcut import runs
 from shortcut.choose.rules import parse_rules
+from shortcut.presets import PresetName, with_presets
 from shortcut.progress import byte_bar, say
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import format_plan
@@ -49,6 +50,7 @@ class PruneReport:
         return "\n".join([*parts, str(self.cut), "", str(self.check)])
 
 
+@with_presets
 def prune(
     model: str | Path,
     out: str | Path,
@@ -56,6 +58,7 @@ def prune(
     count: int | None = None,
     ratio: str | None = None,
     drop: str | None = None,
+    preset: PresetName | None = None,
     select: str = "lowest",
     metric: str = "block-influence",
     average: Average = "tokens",
@@ -90,7 +93,7 @@ def prune(
 
     base, target, source = open_model(model, revision, quiet=quiet), Path(out), (data, split, column)
     metrics = pick_metrics(metric, average)
-    request = Request(count, ratio, drop, parse_rules(select), metrics, protect, candidates)
+    request = Request(count, ratio, drop, parse_rules(select), metrics, protect, candidates, preset)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     loading, text = {"device": device, "dtype": dtype, **trust}, {"length": length, "seed": seed, **trust}

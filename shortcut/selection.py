@@ -27,6 +27,7 @@ class Request:
     metrics: "Sequence[Metric]"
     protect: str
     candidates: str
+    preset: str | None = None
 
     @property
     def needs_model(self) -> bool:
@@ -41,7 +42,7 @@ class Request:
     def plans(self, scores: Scores) -> list[Plan]:
         """What every rule chooses by every metric; a single rule by the first. Raises ShortcutError as `plan` does."""
         how: dict[str, Any] = {"count": self.count, "ratio": self.ratio, "drop": self.drop}
-        how |= {"protect": self.protect, "candidates": self.candidates}
+        how |= {"protect": self.protect, "candidates": self.candidates, "preset": self.preset}
         if self.is_open:
             return runs.plans_by_rules(scores, self.rules, **how)
         return [commands.plan(scores, select=self.rules[0], metric=self.metrics[0].name, **how)]
