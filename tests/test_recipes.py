@@ -9,12 +9,29 @@ import yaml
 
 import shortcut
 from shortcut.arguments import bind
+from shortcut.choose.rules import parse_candidates
 from shortcut.cli import main
 from shortcut.errors import ShortcutError
-from shortcut.recipes import RUNNABLE
+from shortcut.presets import PRESETS
+from shortcut.recipes import DROPPING, RUNNABLE
+from shortcut.records.blocks import parse_blocks
 from tests.conftest import DEPTH
 
 RECIPES = sorted(Path(__file__).parent.parent.joinpath("recipes").glob("*.yaml"))
+PUBLISHED = [recipe for recipe in RECIPES if "expect" in yaml.safe_load(recipe.read_text())]
+DEPTHS = {
+    "baffo32/decapoda-research-llama-7B-hf": 32,
+    "baichuan-inc/Baichuan2-13B-Base": 40,
+    "baichuan-inc/Baichuan2-7B-Base": 32,
+    "google/gemma-2b": 18,
+    "google/gemma-7b": 28,
+    "lmsys/vicuna-13b-v1.3": 40,
+    "lmsys/vicuna-7b-v1.3": 32,
+    "meta-llama/Llama-2-13b-hf": 40,
+    "meta-llama/Llama-2-7b-hf": 32,
+    "meta-llama/Meta-Llama-3-8B": 32,
+    "mistralai/Mistral-7B-v0.1": 32,
+}
 
 
 def write(path: Path, **content: Any) -> Path:
@@ -42,6 +59,7 @@ def test_run_carries_out_a_recipe(llama: Path, tmp_path: Path, capsys: pytest.Ca
         ),
         ("command: prune\nmodel: m\n", r"r\.yaml: OUT is missing"),
         ("command: prune\nmodel: m\nout: o\ncount: many\n", r"r\.yaml: --count many: needs a whole number"),
+        ("command: prune\nmodel: m\nout: o\npreset: best\n", r"r\.yaml: --preset best: choose from shortgpt, "),
         ("command: dance\n", r"r\.yaml needs an entry command: with one of inspect, plan"),
         ("- 1\n", r"r\.yaml needs an entry command"),
         ("{", r"cannot read the recipe"),
@@ -99,3 +117,44 @@ def test_recipes_are_complete_calls(recipe: Path) -> None:
     command = RUNNABLE[content.pop("command")]
     content.pop("expect", None)
     assert bind(command, {name.replace("-", "_"): str(value) for name, value in content.items()})
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda path: path.stem)
+def test_expectations_can_be_met(recipe: Path) -> None:
+    """The published blocks are as many as go, there, not protected, and together where the rule takes a span."""
+    text = recipe.read_text()
+    content = yaml.safe_load(text)
+    preset, depth = PRESETS[content["preset"]].options, DEPTHS[content["model"]]
+    assert RUNNABLE[content["command"]] in DROPPING
+    assert content["out"] == recipe.stem
+    blocks = parse_blocks(content["expect"]["drop"], depth)
+    assert len(blocks) == content["count"]
+    assert set(blocks) <= set(parse_candidates("all", str(preset.get("protect", "none")), depth))
+    assert preset["select"] == "lowest" or blocks[-1] - blocks[0] == len(blocks) - 1
+    assert f"{content['expect']['drop']}." in text.replace(", the one expected here", "")
+    assert f"{content['count']} of its {depth} blocks" in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-2-7b-shortgpt",
+        "mistral-7b-deeper-layers",
+        "llama-3-8b-short-transformers",
+        "vicuna-7b-shortened-llama-perplexity",
+        "vicuna-7b-shortened-llama-taylor",
+    ],
+)
+def test_published_recipes_run(name: str, tmp_path: Path, checkpoint_of: Any) -> None:
+    """With a small random model of the same depth and little text in place of theirs, recipes run to the comparison."""
+    (recipe,) = (path for path in PUBLISHED if path.stem == name)
+    content = yaml.safe_load(recipe.read_text())
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"{i} text " * (i + 9)}) + "\n" for i in range(20)))
+    content |= {"model": str(checkpoint_of("llama", num_hidden_layers=32)), "out": str(tmp_path / "o"), "samples": 2}
+    content |= {"data": str(tmp_path / "t.jsonl"), "length": 32, "quiet": True}
+    report = shortcut.run(write(tmp_path / "r.yaml", **content))
+    plan = report.report.cut.plan
+    assert len(plan.dropped) == content["count"]
+    assert plan.why["preset"] == content["preset"]
+    assert report.found["drop"] == plan.to_dict()["drop"]
+    assert "\nexpected blocks " in str(report)
