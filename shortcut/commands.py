@@ -11,8 +11,8 @@ from shortcut.choose.rules import Select, parse_protect, parse_ratio, pick_count
 from shortcut.errors import ShortcutError
 from shortcut.presets import PresetName, with_presets
 from shortcut.progress import byte_bar
-from shortcut.records.blocks import parse_blocks
-from shortcut.records.plan import Plan, format_plan, read_plan
+from shortcut.records.actions import Action, parse_actions
+from shortcut.records.plan import Plan, format_plan, parse_moves, read_plan
 from shortcut.records.scores import Scores, read_scores
 from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import read_json
@@ -25,6 +25,8 @@ from shortcut.text import parse_size
 
 if TYPE_CHECKING:
     from shortcut.scoring.metrics import MetricList
+
+BY_HAND = "--drop (or --attention-only and --mlp-only)"
 
 
 def inspect(model: str | Path, *, revision: str | None = None, quiet: bool = False) -> Inspection:
@@ -42,44 +44,51 @@ def plan(
     count: int | None = None,
     ratio: str | None = None,
     drop: str | None = None,
+    attention_only: str | None = None,
+    mlp_only: str | None = None,
     preset: PresetName | None = None,
     select: Select = "lowest",
     metric: str | None = None,
+    allow: str = "drop",
     protect: str = "none",
     candidates: str = "all",
     revision: str | None = None,
     out: Path | None = None,
     quiet: bool = False,
 ) -> Plan:
-    """Choose the blocks that go, and print the plan as YAML.
+    """Choose the blocks that go, or halves of them, and print the plan as YAML.
 
-    Say how many with --count or --ratio, or which with --drop. Without --metric the first one of the scores counts.
+    Say how many moves with --count or --ratio, or which with --drop, --attention-only and --mlp-only. Without --metric
+    the first one of the scores counts.
     """
     if isinstance(scores, str | Path) and Path(scores).suffix == ".json":
         scores = read_scores(Path(scores))
     if isinstance(scores, Scores):
-        base, parameters, block_parameters = scores.base, scores.parameters, scores.block_parameters
-        metric = metric or next(iter(scores.metrics))
+        known: Scores | None = scores
+        metric = metric or scores.names[0]
     else:
         checkpoint = open_model(scores, revision, weights=False, quiet=quiet)
-        base, parameters, block_parameters = checkpoint.base, checkpoint.parameters, checkpoint.block_parameters
-    if sum(given is not None for given in (count, ratio, drop)) != 1:
-        raise ShortcutError("say what goes with one of --count, --ratio and --drop")
+        known = None
+    base = known.base if known else checkpoint.base
+    by_hand = given_moves(drop, attention_only, mlp_only)
+    if sum(map(bool, (count is not None, ratio is not None, by_hand))) != 1:
+        raise ShortcutError(f"say what goes with one of --count, --ratio and {BY_HAND}")
     why: dict[str, Any] = {}
-    if drop is not None:
-        blocks = parse_blocks(drop, base.blocks)
+    if by_hand:
+        moves = parse_moves(by_hand, base.blocks)
     else:
-        known = scores if isinstance(scores, Scores) else None
-        choices = removals(select, base.blocks, parse_protect(protect, base.blocks, candidates), known, metric or "")
+        shielded, actions = parse_protect(protect, base.blocks, candidates), parse_actions(allow)
+        choices = removals(select, base.blocks, shielded, known, metric or "", actions)
         if count is not None:
-            blocks = pick_count(choices, count, base.blocks)
+            moves = pick_count(choices, count, base.blocks)
         else:
-            blocks = pick_ratio(choices, parse_ratio(str(ratio)), parameters, block_parameters)
-        why = {"select": select, "protect": protect, "candidates": candidates}
+            sizes = known or Scores(base, checkpoint.parameters, checkpoint.block_parameters, {}, {}, {})
+            moves = pick_ratio(choices, parse_ratio(str(ratio)), sizes.parameters, sizes.size)
+        why = {"select": select, "allow": allow, "protect": protect, "candidates": candidates}
         why |= {} if preset is None else {"preset": preset}
         if known is not None and select != "deepest":
             why |= {"metric": metric, "calibration": dict(known.calibration), "settings": dict(known.settings)}
-    chosen = Plan.dropping(base, blocks, why)
+    chosen = Plan.of(base, moves, why)
     if out is not None:
         write_text(out, format_plan(chosen))
     return chosen
@@ -91,6 +100,8 @@ def cut(
     *,
     plan: str | Path | Plan | None = None,
     drop: str | None = None,
+    attention_only: str | None = None,
+    mlp_only: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     max_shard_size: str | None = None,
@@ -105,11 +116,12 @@ def cut(
     Works on the files alone: any size, any number type, a few megabytes of memory. Of a model on the Hub, only what
     stays is fetched. OUT is there whole or not at all.
     """
-    if (plan is None) == (drop is None):
-        raise ShortcutError("say what goes with one of --plan and --drop")
+    by_hand = given_moves(drop, attention_only, mlp_only)
+    if (plan is None) == (not by_hand):
+        raise ShortcutError(f"say what goes with one of --plan and {BY_HAND}")
     checkpoint = open_model(model, revision, weights=False, quiet=quiet)
-    if drop is not None:
-        plan = Plan.dropping(checkpoint.base, parse_blocks(drop, checkpoint.base.blocks))
+    if by_hand:
+        plan = Plan.of(checkpoint.base, parse_moves(by_hand, checkpoint.base.blocks))
     elif not isinstance(plan, Plan):
         plan = read_plan(Path(str(plan)))
     limit = None if max_shard_size is None else parse_size(max_shard_size)
@@ -125,6 +137,12 @@ def cut(
             if verify:
                 compare_tensors(written, checkpoint, plan)
     return report
+
+
+def given_moves(drop: str | None, attention_only: str | None, mlp_only: str | None) -> dict[Action, str]:
+    """The block lists that were given by hand, by action."""
+    lists: dict[Action, str | None] = {"drop": drop, "attention-only": attention_only, "mlp-only": mlp_only}
+    return {action: text for action, text in lists.items() if text is not None}
 
 
 def families(*, quiet: bool = False) -> Families:  # noqa: ARG001  (every command can be told to be quiet)

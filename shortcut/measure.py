@@ -11,8 +11,10 @@ from shortcut.errors import ShortcutError
 from shortcut.presets import PresetName, with_presets
 from shortcut.processes import is_writer, writer_first
 from shortcut.progress import say
+from shortcut.records.actions import parse_actions
 from shortcut.records.blocks import parse_blocks
 from shortcut.records.scores import Average, Scores, format_scores
+from shortcut.scoring.documents import Source
 from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import read_checkpoint
 from shortcut.surgery.stage import RECORD, write_text
@@ -31,11 +33,13 @@ def score(
     average: Average = "tokens",
     greedy: int = 0,
     stability: int = 0,
+    allow: str = "drop",
     protect: str = "none",
     candidates: str = "all",
     data: str = "default",
     split: str = "train",
     column: str | None = None,
+    chat_template: bool = False,
     samples: int = 16,
     length: int = 512,
     by_document: bool = False,
@@ -59,30 +63,30 @@ def score(
     and says how far they agree.
     """
     from shortcut.live import pick_device, pick_dtype
-    from shortcut.scoring.blocks import check_greedy
+    from shortcut.scoring.greedy import check_greedy
     from shortcut.scoring.metrics import pick_metrics
     from shortcut.scoring.stability import agreements, split_evenly
 
-    metrics = pick_metrics(metric, average)
+    metrics, actions = pick_metrics(metric, average), parse_actions(allow)
     pick_dtype(dtype, pick_device(device))
     runs.check_files(out, plot)
     with writer_first():  # it may have to fetch or convert
         checkpoint = open_model(model, revision, quiet=quiet)
     may_go = parse_candidates(candidates, protect, checkpoint.base.blocks)
     if greedy:
-        check_greedy(metrics[0], greedy, len(may_go), checkpoint.base.blocks)
+        check_greedy(metrics[0], greedy, len(may_go), checkpoint.base.blocks, actions)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
-    calibration = runs.take_text(checkpoint, (data, split, column), samples, **text)
+    calibration = runs.take_text(checkpoint, Source(data, split, column, chat_template), samples, **text)
     parts = split_evenly(calibration, stability) if stability else []
     noted: dict[str, Any] = {} if preset is None else {"preset": preset}
     say(f"scoring {checkpoint.base.blocks} blocks of {checkpoint.name} on {calibration.tokens} tokens", quiet=quiet)
     with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
-        scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
+        how: dict[str, Any] = {"allow": actions, "quiet": quiet}
+        removing: dict[str, Any] = {"greedy": greedy, "may_go": may_go}
+        scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, **how, **removing)
         if parts:
-            alone = [
-                runs.make_scores(checkpoint, live, part, metrics, batch_size, quiet=quiet).metrics for part in parts
-            ]
+            alone = [runs.make_scores(checkpoint, live, part, metrics, batch_size, **how) for part in parts]
             noted["stability"] = {"parts": stability, **agreements(alone)}
         scores = replace(scores, settings={**scores.settings, **noted})
     if out is not None and is_writer():
@@ -103,12 +107,14 @@ def sweep(
     metric: str = "block-influence,angular",
     average: Average = "tokens",
     select: str = "lowest,span,deepest",
+    allow: str = "drop",
     protect: str = "none",
     candidates: str = "all",
     data: str = "default",
     heldout: str = "heldout",
     split: str = "train",
     column: str | None = None,
+    chat_template: bool = False,
     samples: int = 16,
     length: int = 512,
     by_document: bool = False,
@@ -130,10 +136,10 @@ def sweep(
     """
     from shortcut.choose.trials import try_plans
     from shortcut.live import pick_device, pick_dtype
-    from shortcut.scoring.blocks import check_greedy
+    from shortcut.scoring.greedy import check_greedy
     from shortcut.scoring.metrics import pick_metrics
 
-    metrics, rules = pick_metrics(metric, average), parse_rules(select)
+    metrics, rules, actions = pick_metrics(metric, average), parse_rules(select), parse_actions(allow)
     pick_dtype(dtype, pick_device(device))
     runs.check_files(out, plot)
     checkpoint = open_model(model, revision, quiet=quiet)
@@ -141,14 +147,16 @@ def sweep(
     counts, may_go = parse_blocks(count, depth + 1), parse_candidates(candidates, protect, depth)
     greedy = max(counts) if "greedy" in rules else 0
     if greedy:
-        check_greedy(metrics[0], greedy, len(may_go), depth)
+        check_greedy(metrics[0], greedy, len(may_go), depth, actions)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
-    calibration = runs.take_text(checkpoint, (data, split, column), samples, **text)
-    unseen = runs.take_text(checkpoint, (heldout, split, column), samples, **text)
-    how: dict[str, Any] = {"preset": preset, "protect": protect, "candidates": candidates}
+    source = Source(data, split, column, chat_template)
+    calibration = runs.take_text(checkpoint, source, samples, **text)
+    unseen = runs.take_text(checkpoint, replace(source, data=heldout), samples, **text)
+    how: dict[str, Any] = {"preset": preset, "allow": allow, "protect": protect, "candidates": candidates}
+    removing: dict[str, Any] = {"allow": actions, "greedy": greedy, "may_go": may_go, "quiet": quiet}
     with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
-        scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, greedy, may_go, quiet=quiet)
+        scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, **removing)
         plans = [chosen for n in counts for chosen in runs.plans_by_rules(scores, rules, count=n, **how)]
         trials = try_plans(live, scores, plans, unseen, batch_size, quiet=quiet)
     if out is not None:
@@ -168,6 +176,7 @@ def check(
     data: str = "heldout",
     split: str = "train",
     column: str | None = None,
+    chat_template: bool = False,
     samples: int = 16,
     length: int = 512,
     by_document: bool = False,
@@ -197,7 +206,8 @@ def check(
     if carried_out is not None:
         original = open_model(base or carried_out.base.model, revision or carried_out.base.revision, quiet=quiet)
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document}
-    heldout = runs.take_text(short, (data, split, column), samples, trust_remote_code=trust_remote_code, **text)
+    source = Source(data, split, column, chat_template)
+    heldout = runs.take_text(short, source, samples, trust_remote_code=trust_remote_code, **text)
     return check_checkpoint(
         short,
         (original, carried_out) if original is not None and carried_out is not None else None,

@@ -11,10 +11,14 @@ OPTION_HELP = {
     "average": "what counts the same in the mean of a metric: tokens, or sequences, however short",
     "preset": "a published method: its options are the defaults, and what is given beside it wins",
     "data": "text: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a Hub id (org/name or org/name:subset), "
-    '"default" (embedded prose) or "heldout" (other embedded prose)',
+    '"default" (embedded prose) or "heldout" (other embedded prose); several, with commas, give equal shares of the '
+    'sequences, or as they are weighted: "3*a.txt,b.jsonl"',
     "heldout": "text for the perplexity before and after, as for --data",
     "split": "split of a Hub data set",
-    "column": "column that holds the text; found by itself when it is called text or stands alone",
+    "column": "column that holds the text, or messages; found by itself when it is called text or messages, or stands "
+    "alone",
+    "chat_template": "have the tokenizer's chat template write every document: a list of messages as it is, text as "
+    "one message of the user",
     "samples": "number of sequences",
     "length": "tokens of a sequence",
     "batch_size": "sequences per forward pass",
@@ -25,13 +29,16 @@ OPTION_HELP = {
     "offload": "leave the blocks on the disk until they run; done by itself where memory is too small",
     "trust_remote_code": "run the modeling code that comes with the model",
     "plot": "draw the scores into this PNG file",
-    "count": "how many blocks go; for sweep a list of such numbers",
+    "count": "how many blocks go, or halves of blocks where --allow says so; for sweep a list of such numbers",
     "ratio": "as many blocks go as hold at least this share of all parameters, such as 25%",
     "drop": 'the blocks that go, by number, counted from 0: "21-29,31"',
+    "attention_only": "the blocks that lose their MLP, by number",
+    "mlp_only": "the blocks that lose their attention, by number",
+    "allow": "what may be done to a block, with commas: drop it, or leave it attention-only or mlp-only",
     "select": "which blocks go: those that score lowest, the span that scores lowest, the deepest but the last, or the "
     "lowest one by one with the rest scored again each time; where several are tried, with commas, auto being all but "
     "greedy",
-    "greedy": "how many blocks to leave out one by one, by the first metric, scoring the rest again each time",
+    "greedy": "how many moves to make one by one, by the first metric, scoring the rest again each time",
     "stability": "how many parts of the text to score alone as well, to see whether they rank the blocks alike",
     "candidates": 'blocks that may go: "4-27", or all',
     "protect": 'blocks that must stay: "0-3,30-31", or plus for the first four and the last two',

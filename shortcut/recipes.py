@@ -36,9 +36,9 @@ class Comparison:
     def found(self) -> dict[str, str | int]:
         """What came out, of what is expected."""
         if isinstance(self.report, Plan):
-            return {"drop": format_blocks(self.report.dropped)}
+            return {"drop": self.report.described}
         cut = self.report.cut if isinstance(self.report, PruneReport) else self.report
-        found: dict[str, str | int] = {"drop": format_blocks(cut.plan.dropped), "parameters": cut.parameters_after}
+        found: dict[str, str | int] = {"drop": cut.plan.described, "parameters": cut.parameters_after}
         return {name: found[name] for name in self.expected}
 
     def to_dict(self) -> dict[str, Any]:

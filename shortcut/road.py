@@ -5,13 +5,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortcut import runs
+from shortcut import commands, runs
 from shortcut.choose.rules import parse_rules
 from shortcut.presets import PresetName, with_presets
 from shortcut.progress import byte_bar, say
+from shortcut.records.actions import parse_actions
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import format_plan
 from shortcut.records.scores import Average, Scores, format_scores
+from shortcut.scoring.documents import Source
 from shortcut.selection import Request, select_plan
 from shortcut.sources import embedded_model, open_model
 from shortcut.surgery.config import check_family
@@ -58,15 +60,19 @@ def prune(
     count: int | None = None,
     ratio: str | None = None,
     drop: str | None = None,
+    attention_only: str | None = None,
+    mlp_only: str | None = None,
     preset: PresetName | None = None,
     select: str = "lowest",
     metric: str = "block-influence",
     average: Average = "tokens",
+    allow: str = "drop",
     protect: str = "none",
     candidates: str = "all",
     data: str = "default",
     split: str = "train",
     column: str | None = None,
+    chat_template: bool = False,
     samples: int = 16,
     length: int = 512,
     by_document: bool = False,
@@ -91,9 +97,11 @@ def prune(
     from shortcut.live import pick_device, pick_dtype
     from shortcut.scoring.metrics import pick_metrics
 
-    base, target, source = open_model(model, revision, quiet=quiet), Path(out), (data, split, column)
-    metrics = pick_metrics(metric, average)
-    request = Request(count, ratio, drop, parse_rules(select), metrics, protect, candidates, preset)
+    base, target = open_model(model, revision, quiet=quiet), Path(out)
+    source = Source(data, split, column, chat_template)
+    by_hand, rules = commands.given_moves(drop, attention_only, mlp_only), parse_rules(select)
+    metrics, actions = pick_metrics(metric, average), parse_actions(allow)
+    request = Request(count, ratio, by_hand, rules, metrics, actions, protect, candidates, preset)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     loading, text = {"device": device, "dtype": dtype, **trust}, {"length": length, "seed": seed, **trust}
@@ -104,9 +112,8 @@ def prune(
     pick_dtype(dtype, pick_device(device))
     for plan in request.foresee(base):
         report_cut(base, plan, target, limit, written=False)
-    unseen = runs.take_text(
-        base, (heldout, split, column), HELDOUT_SAMPLES, **{**text, "length": min(length, HELDOUT_LENGTH), "seed": 0}
-    )
+    fixed = text | {"length": min(length, HELDOUT_LENGTH), "seed": 0}
+    unseen = runs.take_text(base, replace(source, data=heldout), HELDOUT_SAMPLES, **fixed)
 
     text["by_document"] = by_document
     plan, scores, trials = select_plan(

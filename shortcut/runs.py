@@ -9,12 +9,15 @@ from shortcut import __version__
 from shortcut.choose.rules import Select
 from shortcut.commands import plan
 from shortcut.processes import own_part
+from shortcut.records.actions import Action, Move
 from shortcut.records.plan import Plan
-from shortcut.records.scores import Scores
+from shortcut.records.scores import Measured, Scores
+from shortcut.scoring.documents import Source
 from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.stage import check_file
 
 if TYPE_CHECKING:
+    from shortcut.decoder import Decoder
     from shortcut.scoring.calibration import Calibration
     from shortcut.scoring.metrics import Metric
 
@@ -30,14 +33,14 @@ def check_files(out: Path | None, plot: Path | None) -> None:
 
 
 def take_text(
-    checkpoint: Checkpoint, source: tuple[str, str, str | None], samples: int, *, trust_remote_code: bool, **how: Any
+    checkpoint: Checkpoint, source: Source, samples: int, *, trust_remote_code: bool, **how: Any
 ) -> "Calibration":
-    """Tokenise text for a checkpoint. source: data, split and column; how: the other options of `make_calibration`."""
+    """Tokenise text for a checkpoint. how: the other options of `make_calibration`, which says what can go wrong."""
     from shortcut.live import load_tokenizer
-    from shortcut.scoring.calibration import Source, make_calibration
+    from shortcut.scoring.calibration import make_calibration
 
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    return make_calibration(tokenizer, Source(*source), samples=samples, **how)
+    return make_calibration(tokenizer, source, samples=samples, **how)
 
 
 def start(checkpoint: Checkpoint, **how: Any) -> AbstractContextManager[Any]:
@@ -53,36 +56,59 @@ def make_scores(
     calibration: "Calibration",
     metrics: "Sequence[Metric]",
     batch_size: int,
-    greedy: int = 0,
-    may_go: Sequence[int] = (),
     *,
+    allow: Sequence[Action] = ("drop",),
+    greedy: int = 0,
+    share: float = 1,
+    may_go: Sequence[int] = (),
     quiet: bool = False,
 ) -> Scores:
-    """Score the blocks of a live model, and leave some out one by one; goes on where an equal run was killed.
+    """Score the blocks of a live model, and halves of them; goes on where an equal run was killed.
 
-    Raises ShortcutError as `score_blocks` does.
+    greedy: moves made one by one by the first metric, until this share of the parameters has gone. Raises ShortcutError
+    as `score_blocks` does.
     """
-    from shortcut.scoring.blocks import remove_greedily, score_blocks
+    from shortcut.decoder import Decoder
+    from shortcut.scoring.blocks import score_blocks
     from shortcut.scoring.calibration import make_batches
+    from shortcut.scoring.greedy import remove_greedily
     from shortcut.scoring.partial import Partials
 
     batches = make_batches(calibration, batch_size, live.device)
     settings = {"device": str(live.device), "dtype": str(live.dtype).removeprefix("torch."), "batch_size": batch_size}
     settings["average"] = metrics[0].average
     partials = Partials({**settings, **identify(checkpoint), "calibration": calibration.hash, "part": own_part()})
-    how: dict[str, Any] = {"partials": partials, "quiet": quiet}
-    found = score_blocks(live, batches, metrics, **how)
-    order = dict(remove_greedily(live, batches, metrics[0], greedy, may_go, **how)) if greedy else {}
+    decoder, sizes, total = Decoder.of(live), checkpoint.block_parameters, checkpoint.parameters
+    how: dict[str, Any] = {"allow": allow, "partials": partials, "quiet": quiet}
+    found = score_blocks(decoder, batches, metrics, **how)
+    halves: Measured = {action: scores for action, scores in found.items() if action != "drop"}
+    goes: dict[Action, tuple[int, ...]] = {action: _sizes(decoder, action, sizes) for action in halves}
+    order: list[Move] = []
+    if greedy:
+        how["weights"] = lambda block, action: {**goes, "drop": sizes}[action][block] if action != "keep" else 0
+        how["enough"] = share * total
+        order = [move for move, _ in remove_greedily(decoder, batches, metrics[0], greedy, may_go, **how)]
     partials.forget()
     return Scores(
         base=checkpoint.base,
-        parameters=checkpoint.parameters,
-        block_parameters=checkpoint.block_parameters,
-        metrics=found,
+        parameters=total,
+        block_parameters=sizes,
+        metrics=found.get("drop", {}),
         calibration=calibration.record(),
         settings=settings,
         orders={metrics[0].name: tuple(order)} if greedy else {},
+        halves=halves,
+        half_parameters=goes,
     )
+
+
+def _sizes(decoder: "Decoder", action: Action, whole: Sequence[int]) -> tuple[int, ...]:
+    """How many parameters of every block go by an action; of packed weights the share that goes, of those there are."""
+    sizes = []
+    for block, parameters in enumerate(whole):
+        going, all_of_it = (sum(w.numel() for w in decoder.weights(block, each)) for each in (action, "drop"))
+        sizes.append(round(parameters * going / all_of_it))
+    return tuple(sizes)
 
 
 def identify(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -102,6 +128,6 @@ def plans_by_rules(scores: Scores, rules: Sequence[Select], **how: Any) -> list[
     """What every rule chooses by every metric. how: the other options of `plan`, which says what can go wrong."""
     plans = []
     for rule in rules:
-        known = {"deepest": list(scores.metrics)[:1], "greedy": list(scores.orders)}.get(rule, list(scores.metrics))
+        known = {"deepest": scores.names[:1], "greedy": list(scores.orders)}.get(rule, scores.names)
         plans += [plan(scores, select=rule, metric=metric, **how) for metric in known]
     return plans

@@ -1,12 +1,16 @@
 """What the fast paths are compared with: hooks on the whole model and loops, in the plainest Python."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from shortcut.decoder import Batch, Decoder
+from shortcut.scoring.blocks import score_blocks
+from shortcut.scoring.metrics import Metric
 
 
 def blocks_of(model: Any) -> list[Any]:
@@ -87,3 +91,8 @@ def cosine(x: Tensor, y: Tensor) -> float:
 def angle(x: Tensor, y: Tensor) -> float:
     """Angle between two vectors as a fraction of a half turn."""
     return math.acos(min(1.0, max(-1.0, cosine(x, y)))) / math.pi
+
+
+def scores_of(model: Any, batches: Sequence[Batch], metrics: Sequence[Metric], **how: Any) -> dict[str, Any]:
+    """What is to be compared: the scores of whole blocks, by metric."""
+    return score_blocks(Decoder.of(model), batches, metrics, **how)["drop"]

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from shortcut.decoder import Decoder
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
-from shortcut.scoring.blocks import score_blocks
-from shortcut.scoring.calibration import Calibration, Source, make_batches
+from shortcut.records.actions import Move
+from shortcut.scoring.calibration import Calibration, make_batches
+from shortcut.scoring.documents import Source
 from shortcut.scoring.metrics import METRICS, Metric, add_metric, perplexity_of
-from shortcut.scoring.walk import Decoder, walk
+from shortcut.scoring.walk import walk
 from tests.conftest import DEPTH, FAMILIES
-from tests.reference import blocks_of, bypassed, logits
+from tests.reference import blocks_of, bypassed, logits, scores_of
 from tests.sweep.tiny import tiny_model
 from tests.test_score import sequences_of
 
@@ -69,7 +71,7 @@ def test_ablations_equal_a_hooked_model(family: str, checkpoint_of: Callable[...
     """Every metric of logits, every block: sequences of several lengths in batches against one pass each."""
     model = load_model(checkpoint_of(family))
     calibration = sequences_of(9, 5, 7)
-    scores = score_blocks(model, make_batches(calibration, 2), OF_LOGITS)
+    scores = scores_of(model, make_batches(calibration, 2), OF_LOGITS)
     expected = ablate_plainly(model, [torch.tensor(row) for row in calibration.sequences])
     for name, values in expected.items():
         torch.testing.assert_close(scores[name], tuple(values), rtol=1e-4, atol=1e-6)
@@ -80,7 +82,7 @@ def test_gradients_equal_autograd(family: str, checkpoint_of: Callable[..., Path
     """Block by block with checkpoints in between, as one backward pass through the whole model; no trace is left."""
     model = load_model(checkpoint_of(family))
     calibration = sequences_of(9, 5, 7)
-    scores = score_blocks(model, make_batches(calibration, 2), OF_WEIGHTS)
+    scores = scores_of(model, make_batches(calibration, 2), OF_WEIGHTS)
     assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
     expected = differentiate_plainly(model, [torch.tensor(row) for row in calibration.sequences])
     for name, values in expected.items():
@@ -97,12 +99,12 @@ def test_block_passes_are_the_fewest(room: int, llama: Path, monkeypatch: pytest
     passes: list[int] = []
     for block in decoder.blocks:
         block.mlp.register_forward_hook(lambda _, args, __: passes.append(len(args[0])))
-    ablated: dict[int, torch.Tensor] = {}
+    ablated: dict[Move, torch.Tensor] = {}
     with torch.inference_mode():
-        list(walk(decoder, batch, ablated))
+        list(walk(decoder, batch, ablated=ablated))
     assert sum(passes) == len(batch.ids) * DEPTH * (DEPTH + 1) // 2
     assert max(passes) <= max(len(batch.ids), room // 5)
-    assert sorted(ablated) == list(range(DEPTH))
+    assert sorted(ablated) == [Move(block) for block in range(DEPTH)]
 
 
 def test_perplexity_has_no_end() -> None:
@@ -121,7 +123,7 @@ def test_a_metric_of_ones_own(llama: Path, monkeypatch: pytest.MonkeyPatch) -> N
         add_metric(own)
     model = load_model(llama)
     (batch,) = make_batches(sequences_of(5), 1)
-    scores = score_blocks(model, [batch], [own])["l1"]
+    scores = scores_of(model, [batch], [own])["l1"]
     with torch.inference_mode():
         steps = list(walk(Decoder.of(model), batch))
     assert scores == pytest.approx([(step.after - step.before).abs().sum(-1).mean().item() for step in steps])
@@ -141,8 +143,9 @@ def test_families_of_other_builds_are_walked(family: str) -> None:
     """Blocks that return lists, decoders found by their blocks, blocks of several kinds."""
     model = tiny_model(family, "causal").eval()
     rows = [torch.tensor([5, 9, 7, 3, 8, 6]), torch.tensor([4, 8, 6, 9])]
-    calibration = Calibration(Source(), 6, 0, False, False, tuple(tuple(row.tolist()) for row in rows))
-    scores = score_blocks(model, make_batches(calibration, 1), [METRICS["perplexity"], METRICS["kl-all"]])
+    sequences = tuple(tuple(row.tolist()) for row in rows)
+    calibration = Calibration(Source(), 6, 0, False, False, sequences, (0,) * len(sequences))
+    scores = scores_of(model, make_batches(calibration, 1), [METRICS["perplexity"], METRICS["kl-all"]])
     expected = ablate_plainly(model, rows)
     for name, values in scores.items():
         torch.testing.assert_close(values, tuple(expected[name]), rtol=1e-4, atol=1e-5)

@@ -14,7 +14,8 @@ from shortcut.checking.perplexity import perplexity
 from shortcut.checking.speed import measure_speed
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
-from shortcut.scoring.calibration import Calibration, Source, make_batches, make_calibration
+from shortcut.scoring.calibration import Calibration, make_batches, make_calibration
+from shortcut.scoring.documents import Source
 from tests.conftest import make_tokenizer
 from tests.reference import bypassed
 

@@ -74,6 +74,12 @@ def test_the_help_of_a_command(capsys, name, flag):
         assert OPTION_HELP[option].split()[0] in printed
 
 
+def test_every_command_that_takes_text_takes_conversations():
+    """--chat-template goes wherever --data goes."""
+    both = [{"data", "chat_template"} & options_of(command).keys() for command in COMMANDS.values()]
+    assert {len(found) for found in both} == {0, 2}
+
+
 WRONG = {
     "frobnicate": f"unknown command 'frobnicate': there are {', '.join(COMMANDS)} (",
     "--json": "unknown command '--json'",

@@ -10,14 +10,15 @@ import torch
 
 import shortcut
 from shortcut.choose.rules import removals
+from shortcut.decoder import Decoder
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
 from shortcut.records.scores import format_scores, read_scores
-from shortcut.scoring.blocks import remove_greedily, score_blocks
 from shortcut.scoring.calibration import make_batches
+from shortcut.scoring.greedy import remove_greedily
 from shortcut.scoring.metrics import METRICS
 from tests.conftest import DEPTH
-from tests.reference import bypassed, logits
+from tests.reference import bypassed, logits, scores_of
 from tests.test_score import sequences_of
 
 
@@ -37,9 +38,11 @@ def test_greedy_equals_brute_force(family: str, candidates: Sequence[int], check
     """At every step the block goes without which the rest has the lowest perplexity, of all models tried."""
     model = load_model(checkpoint_of(family))
     calibration = sequences_of(9, 7)
-    removed = list(remove_greedily(model, make_batches(calibration, 2), METRICS["perplexity"], 4, candidates))
+    removed = list(
+        remove_greedily(Decoder.of(model), make_batches(calibration, 2), METRICS["perplexity"], 4, candidates)
+    )
     rows, missing = [torch.tensor(row) for row in calibration.sequences], []
-    for block, score in removed:
+    for (block, _), score in removed:
         tried = {b: plain_perplexity(model, rows, [*missing, b]) for b in candidates if b not in missing}
         assert block == min(tried, key=lambda b: tried[b])
         assert score == pytest.approx(tried[block], rel=1e-4)
@@ -51,8 +54,8 @@ def test_the_first_step_is_the_lowest_score(llama: Path) -> None:
     model = load_model(llama)
     batches = make_batches(sequences_of(9, 7), 2)
     for name in ("block-influence", "kl"):
-        scores = score_blocks(model, batches, [METRICS[name]])[name]
-        ((block, score),) = remove_greedily(model, batches, METRICS[name], 1, range(DEPTH))
+        scores = scores_of(model, batches, [METRICS[name]])[name]
+        (((block, _), score),) = remove_greedily(Decoder.of(model), batches, METRICS[name], 1, range(DEPTH))
         assert (block, score) == (scores.index(min(scores)), pytest.approx(min(scores)))
 
 
@@ -63,16 +66,16 @@ def test_orders_go_through_the_files(llama: Path, tmp_path: Path) -> None:
     )
     order = scores.orders["kl"]
     assert len(order) == 3
-    assert 0 not in order
+    assert 0 not in {move.block for move in order}
     assert read_scores(tmp_path / "s.json") == scores
     assert f"one by one, by kl: {', '.join(map(str, order))}" in str(scores)
     for count in (1, 2, 3):
         plan = shortcut.plan(tmp_path / "s.json", count=count, select="greedy", protect="0")
-        assert plan.dropped == tuple(sorted(order[:count]))
+        assert plan.dropped == tuple(sorted(move.block for move in order[:count]))
     with pytest.raises(ShortcutError, match="cannot drop 4 of 7 blocks: 1 to 3 can go"):
         shortcut.plan(scores, count=4, select="greedy")
-    with pytest.raises(ShortcutError, match=f"has block {min(order)}, which is to stay"):
-        shortcut.plan(scores, count=2, select="greedy", protect=str(min(order)))
+    with pytest.raises(ShortcutError, match=f"has block {order[0]}, which is to stay"):
+        shortcut.plan(scores, count=2, select="greedy", protect=str(order[0]))
 
 
 def test_prune_greedily(llama: Path, tmp_path: Path) -> None:

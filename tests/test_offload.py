@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 
 import shortcut
 from shortcut import offload
+from shortcut.decoder import Decoder
 from shortcut.live import load_model
 from shortcut.offload import is_offloaded, open_live, resident
-from shortcut.scoring.blocks import remove_greedily, score_blocks
 from shortcut.scoring.calibration import make_batches
+from shortcut.scoring.greedy import remove_greedily
 from shortcut.scoring.metrics import METRICS
 from shortcut.scoring.store import Budget, Store
 from shortcut.sources import open_model
 from tests.conftest import DEPTH
+from tests.reference import scores_of
 from tests.test_score import ALL, sequences_of
 
 LOADING: dict[str, Any] = {"device": "cpu", "dtype": "float32", "trust_remote_code": False, "quiet": True}
@@ -49,14 +51,14 @@ def test_scores_are_those_of_a_model_in_memory(
     calibration, metrics = sequences_of(9, 5, 7), ALL
     whole = load_model(folder)
     batches = make_batches(calibration, 2)
-    expected = score_blocks(whole, batches, metrics)
+    expected = scores_of(whole, batches, metrics)
     order = list(remove_greedily(whole, batches, METRICS["kl"], 2, range(DEPTH)))
     with open_on_disk(folder) as model:
         assert is_offloaded(model)
-        assert score_blocks(model, batches, metrics) == expected
+        assert scores_of(model, batches, metrics) == expected
         monkeypatch.setattr("shortcut.scoring.blocks.STATES_IN_MEMORY", 2000)
-        assert score_blocks(model, batches, metrics) == expected
-        assert list(remove_greedily(model, batches, METRICS["kl"], 2, range(DEPTH))) == order
+        assert scores_of(model, batches, metrics) == expected
+        assert list(remove_greedily(Decoder.of(model), batches, METRICS["kl"], 2, range(DEPTH))) == order
 
 
 def test_weights_are_there_only_while_they_are_needed(llama: Path, token_ids: torch.Tensor) -> None:

@@ -9,11 +9,10 @@ import torch
 import shortcut
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
-from shortcut.scoring.blocks import score_blocks
 from shortcut.scoring.calibration import make_batches
 from shortcut.scoring.metrics import METRICS, linear_replacement
 from tests.conftest import DEPTH
-from tests.reference import states_around_blocks
+from tests.reference import scores_of, states_around_blocks
 from tests.test_offload import open_on_disk
 from tests.test_score import sequences_of
 
@@ -33,7 +32,7 @@ def test_maps_equal_plain_least_squares(family: str, checkpoint_of: Callable[...
     """Every span of every length, over the tokens of all sequences together; the same with blocks on the disk."""
     folder = checkpoint_of(family)
     model, calibration = load_model(folder), sequences_of(40, 25, 30)
-    scores = score_blocks(model, make_batches(calibration, 2), [RULE])[RULE.name]
+    scores = scores_of(model, make_batches(calibration, 2), [RULE])[RULE.name]
     rows = [states_around_blocks(model, torch.tensor([row])) for row in calibration.sequences]
     states = [torch.cat([row[point][0] for row in rows]) for point in range(DEPTH + 1)]
     for length in range(1, DEPTH + 1):
@@ -41,7 +40,7 @@ def test_maps_equal_plain_least_squares(family: str, checkpoint_of: Callable[...
             expected = fit_plainly(states[start], states[start + length])
             assert scores[length - 1][start] == pytest.approx(expected, rel=1e-3, abs=1e-6)
     with open_on_disk(folder) as offloaded:
-        assert score_blocks(offloaded, make_batches(calibration, 2), [RULE])[RULE.name] == scores
+        assert scores_of(offloaded, make_batches(calibration, 2), [RULE])[RULE.name] == scores
 
 
 def test_a_linear_span_costs_nothing() -> None:
@@ -66,4 +65,4 @@ def test_states_that_overflow_fail_the_run(llama: Path) -> None:
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[0, 0] = float("inf")
     with pytest.raises(ShortcutError, match=r"block 2 gives NaN or infinity in torch\.float32"):
-        score_blocks(model, make_batches(sequences_of(50, 50), 2), [RULE])
+        scores_of(model, make_batches(sequences_of(50, 50), 2), [RULE])

@@ -92,6 +92,13 @@ def test_an_expectation_of_a_plan(llama: Path, tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.endswith("\n\nexpected blocks 4-6: differs: 3-5\n")
 
 
+def test_halves_are_no_blocks(llama: Path, tmp_path: Path) -> None:
+    """A plan that takes half of another block as well is not the one expected."""
+    plan = {"command": "plan", "scores": str(llama), "drop": 3, "attention-only": 5, "expect": {"drop": 3}}
+    report = shortcut.run(write(tmp_path / "r.yaml", **plan))
+    assert str(report).endswith("\n\nexpected blocks 3: differs: 3, attention-only 5")
+
+
 def test_an_expectation_of_a_cut(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Parameters left are compared too, and --json has what was expected and what came out beside the report."""
     cut = {"command": "cut", "model": str(llama), "out": str(tmp_path / "o"), "drop": "3,5", "dry-run": True}

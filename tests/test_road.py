@@ -1,6 +1,7 @@
 """prune, and what it leaves behind."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,29 @@ def test_prune_and_the_stations_agree(llama: Path, tmp_path: Path) -> None:
     assert weights[0] == weights[1]
     gone = 1 - pruned.cut.parameters_after / pruned.cut.parameters_before
     assert gone >= 0.3 > gone - scores.block_parameters[0] / scores.parameters
+
+
+def test_prune_on_conversations_and_prose(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scores and plan record every domain, without what was set aside; a model without a chat template is refused."""
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "word " * 99}]}) + "\n")
+    data, out = f"3*{tmp_path}/chats.jsonl,default", tmp_path / "short"
+    argv = ["--count", "2", "--select", "lowest,span", "--samples", "8", "--length", "32", "--quiet", "--data", data]
+    assert main(["prune", str(llama), str(out), *argv, "--chat-template"]) == 1
+    assert (
+        capsys.readouterr().err == "shortcut: the model's tokenizer has no chat template: leave out --chat-template\n"
+    )
+    base = shutil.copytree(llama, tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    assert main(["prune", str(base), str(out), *argv, "--chat-template"]) == 0
+    record = read_plan(out / "plan.yaml").why["calibration"]
+    assert record == read_scores(out / "scores.json").calibration
+    assert (record["data"], record["chat_template"], record["samples"]) == (data, True, 8)
+    assert record["domains"] == [
+        {"data": f"{tmp_path}/chats.jsonl", "weight": 3, "samples": 6},
+        {"data": "default", "weight": 1, "samples": 2},
+    ]
+    assert (out / "chat_template.jinja").exists()
+    assert "perplexity on heldout text by the chat template" in (out / "README.md").read_text().lower()
 
 
 def test_prune_without_scores(llama: Path, tmp_path: Path) -> None:

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 import shortcut
+from shortcut.decoder import Batch, Decoder
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
-from shortcut.scoring.blocks import score_blocks
-from shortcut.scoring.calibration import Batch, Calibration, Source, make_batches
+from shortcut.scoring.calibration import Calibration, make_batches
+from shortcut.scoring.documents import Source
 from shortcut.scoring.metrics import METRICS, block_influence, cosine, pairwise_cosines, pick_metrics
-from shortcut.scoring.walk import Decoder, walk
+from shortcut.scoring.walk import walk
 from tests.conftest import DEPTH, FAMILIES, VOCABULARY
-from tests.reference import angle, mean_over_tokens, states_around_blocks
+from tests.reference import angle, mean_over_tokens, scores_of, states_around_blocks
 from tests.reference import cosine as plain_cosine
 
 ALL = [metric for metric in METRICS.values() if metric.needs != "pairs"]  # those need more tokens than are here
@@ -35,7 +36,7 @@ def sequences_of(*lengths: int) -> Calibration:
     """Random sequences of these lengths."""
     generator = torch.Generator().manual_seed(3)
     rows = [tuple(torch.randint(4, VOCABULARY - 3, (n,), generator=generator).tolist()) for n in lengths]
-    return Calibration(Source(), max(lengths), 0, False, False, tuple(rows))
+    return Calibration(Source(), max(lengths), 0, False, False, tuple(rows), (0,) * len(rows))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,7 +44,7 @@ def test_metrics_of_states_equal_plain_loops(family: str, checkpoint_of: Callabl
     """All metrics, all blocks and all spans: the last block too, whose output is taken before the final norm."""
     model = load_model(checkpoint_of(family))
     calibration = sequences_of(13, 7, 11)
-    scores = score_blocks(model, make_batches(calibration, 2), BEFORE_AND_AFTER)
+    scores = scores_of(model, make_batches(calibration, 2), BEFORE_AND_AFTER)
     states = [[state[0] for state in states_around_blocks(model, torch.tensor([row]))] for row in calibration.sequences]
     for name, rule in PER_TOKEN.items():
         expected = [mean_over_tokens(states, block, rule) for block in range(DEPTH)]
@@ -66,13 +67,13 @@ def test_averages_over_sequences_count_each_the_same(name: str, llama: Path) -> 
     (metric,) = pick_metrics(name, "sequences")
     metric = replace(metric, finish=float)  # perplexity is the exponential of a mean
     alone = [
-        score_blocks(model, make_batches(replace(calibration, sequences=(row,)), 1), [metric])[name]
+        scores_of(model, make_batches(replace(calibration, sequences=(row,)), 1), [metric])[name]
         for row in calibration.sequences
     ]
     firsts = [row[0] if isinstance(row[0], tuple) else row for row in alone]
     expected = tuple(math.fsum(values) / 3 for values in zip(*firsts, strict=True))
     found = {
-        over: score_blocks(model, make_batches(calibration, 3), [replace(metric, average=over)])[name]
+        over: scores_of(model, make_batches(calibration, 3), [replace(metric, average=over)])[name]
         for over in ("sequences", "tokens")
     }
     first = {over: row[0] if isinstance(row[0], tuple) else row for over, row in found.items()}
@@ -103,8 +104,8 @@ def test_batching_and_padding_change_nothing(batch_size: int, checkpoint_of: Cal
     """Batches of 1, 2 and 4, which pad sequences of different lengths, give the same scores."""
     model = load_model(checkpoint_of("qwen3"))
     calibration = sequences_of(13, 5, 11, 8)
-    alone = score_blocks(model, make_batches(calibration, 1), ALL)
-    batched = score_blocks(model, make_batches(calibration, batch_size), ALL)
+    alone = scores_of(model, make_batches(calibration, 1), ALL)
+    batched = scores_of(model, make_batches(calibration, batch_size), ALL)
     for name in (metric.name for metric in ALL):
         torch.testing.assert_close(batched[name], alone[name], rtol=1e-5, atol=1e-5)
 
@@ -115,7 +116,7 @@ def test_what_stands_on_the_padding_is_ignored(llama: Path) -> None:
     (batch,) = make_batches(sequences_of(13, 5), 2)
     other = Batch(torch.where(batch.mask, batch.ids, 77), batch.mask)
     assert not torch.equal(other.ids, batch.ids)
-    assert score_blocks(model, [batch], ALL) == score_blocks(model, [other], ALL)
+    assert scores_of(model, [batch], ALL) == scores_of(model, [other], ALL)
 
 
 def test_scoring_again_gives_the_same(llama: Path) -> None:
@@ -123,7 +124,7 @@ def test_scoring_again_gives_the_same(llama: Path) -> None:
     model = load_model(llama)
     batches = make_batches(sequences_of(9, 9), 2)
     before = {name: set(vars(module)) for name, module in model.named_modules()}
-    assert score_blocks(model, batches, ALL) == score_blocks(model, batches, ALL)
+    assert scores_of(model, batches, ALL) == scores_of(model, batches, ALL)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
 
 
@@ -159,7 +160,7 @@ def test_low_precision_does_not_change_the_arithmetic(llama: Path) -> None:
         steps = [(step.before.float(), step.after.float()) for step in walk(Decoder.of(model), batch)]
     expected = tuple((1 - torch.cosine_similarity(x, y, -1)).double().mean().item() for x, y in steps)
     assert steps[0][0].dtype == torch.float32
-    torch.testing.assert_close(score_blocks(model, [batch], [METRICS["block-influence"]])["block-influence"], expected)
+    torch.testing.assert_close(scores_of(model, [batch], [METRICS["block-influence"]])["block-influence"], expected)
     huge = torch.full((2, 64), 20_000.0, dtype=torch.float16)
     assert block_influence(huge.float(), huge.float()).abs().max() < 1e-6
 
@@ -170,7 +171,7 @@ def test_activations_that_overflow_fail_the_run(llama: Path) -> None:
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[0, 0] = float("inf")
     with pytest.raises(ShortcutError, match=r"block 2 gives NaN or infinity in torch\.float32"):
-        score_blocks(model, make_batches(sequences_of(9), 1), ALL)
+        scores_of(model, make_batches(sequences_of(9), 1), ALL)
 
 
 def test_score_command_writes_what_it_returns(llama: Path, tmp_path: Path) -> None:
@@ -185,6 +186,8 @@ def test_score_command_writes_what_it_returns(llama: Path, tmp_path: Path) -> No
         "data": "default",
         "split": "train",
         "column": None,
+        "chat_template": False,
+        "domains": [{"data": "default", "weight": 1, "samples": 3}],
         "samples": 3,
         "length": 32,
         "tokens": 96,

@@ -18,14 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shortcut
 from shortcut.cli import main
+from shortcut.decoder import Batch
 from shortcut.live import load_model, load_tokenizer
 from shortcut.records.plan import Base, Plan
-from shortcut.scoring.blocks import score_blocks
-from shortcut.scoring.calibration import Batch
 from shortcut.scoring.metrics import METRICS
 from shortcut.sources import EMBEDDED_MODEL, embedded_model, open_model
 from shortcut.surgery.checkpoint import read_checkpoint
-from tests.reference import angle, bypassed, cosine, greedy, logits, mean_over_tokens, states_around_blocks
+from tests.reference import angle, bypassed, cosine, greedy, logits, mean_over_tokens, scores_of, states_around_blocks
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,7 +63,7 @@ def text_ids(base: Path) -> torch.Tensor:
 def test_scores_equal_hooks_and_loops(model: Any, text_ids: torch.Tensor) -> None:
     """Block influence of all 30 blocks and the angle of all 465 spans equal float64 loops over hooked states."""
     batch = Batch(text_ids, torch.ones_like(text_ids, dtype=torch.bool))
-    scores = score_blocks(model, [batch], [METRICS[name] for name in ("block-influence", "angular", "angular-all")])
+    scores = scores_of(model, [batch], [METRICS[name] for name in ("block-influence", "angular", "angular-all")])
     states = [[state[0] for state in states_around_blocks(model, row[None])] for row in text_ids]
     for block in range(DEPTH):
         expected = mean_over_tokens(states, block, lambda x, y: 1 - cosine(x, y))
@@ -122,7 +121,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_ablations_and_gradients_equal_the_whole_model(model: Any, text_ids: torch.Tensor) -> None:
     """kl, perplexity and taylor of all 30 blocks on two passages equal bypassed forward passes and plain autograd."""
     batch = Batch(text_ids, torch.ones_like(text_ids, dtype=torch.bool))
-    scores = score_blocks(model, [batch], [METRICS[name] for name in ("kl", "perplexity", "taylor", "magnitude")])
+    scores = scores_of(model, [batch], [METRICS[name] for name in ("kl", "perplexity", "taylor", "magnitude")])
     whole = torch.log_softmax(logits(model, text_ids).double(), -1)
     for block in range(DEPTH):
         with bypassed(model, [block]):

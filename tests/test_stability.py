@@ -8,7 +8,10 @@ import pytest
 import shortcut
 from shortcut.errors import ShortcutError
 from shortcut.records.scores import read_scores
+from shortcut.scoring.calibration import make_calibration
+from shortcut.scoring.documents import Source
 from shortcut.scoring.stability import rank_agreement, split_evenly
+from tests.conftest import make_tokenizer
 from tests.test_score import sequences_of
 
 
@@ -36,6 +39,15 @@ def test_parts_are_disjoint_and_all_there() -> None:
     for wrong in (1, 6):
         with pytest.raises(ShortcutError, match=f"cannot compare {wrong} parts of 5 sequences"):
             split_evenly(calibration, wrong)
+
+
+def test_parts_are_of_all_domains_alike() -> None:
+    """Every part has each domain's share of sequences, to one."""
+    both = make_calibration(make_tokenizer(), Source("2*default,heldout"), samples=12, length=20)
+    for parts in (2, 3, 4):
+        for domain in (0, 1):
+            counts = [part.domains.count(domain) for part in split_evenly(both, parts)]
+            assert max(counts) - min(counts) <= 1
 
 
 def test_score_says_how_far_parts_agree(llama: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_the_best_rule_is_carried_out(llama: Path, tmp_path: Path) -> None:
         ("deepest", None),
     ]
     best = report.trials.trials[report.trials.best]
-    assert report.cut.plan.dropped == best.dropped
+    assert report.cut.plan.described == best.dropped
     assert all(best.perplexity <= trial.perplexity for trial in report.trials.trials)
     assert report.cut.plan.why["select"] == best.select
     assert "1 sequences of 32 tokens" in report.trials.text  # a quarter more than the four that were scored
@@ -67,7 +67,7 @@ def test_several_rules_with_greedy_and_a_ratio(llama: Path, tmp_path: Path) -> N
         ("lowest", "l2"),
         ("greedy", "perplexity"),
     ]
-    assert {len(trial.dropped) for trial in report.trials.trials} == {2}
+    assert {trial.count for trial in report.trials.trials} == {2}
 
 
 def test_sweep_draws_quality_against_size(llama: Path, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_sweep_draws_quality_against_size(llama: Path, tmp_path: Path) -> None:
     trials = shortcut.sweep(
         llama, count="1-3", metric="block-influence,kl", select="lowest,deepest", out=out, plot=plot, **TEXT
     )
-    assert [(len(t.dropped), t.select, t.metric) for t in trials.trials] == [
+    assert [(t.count, t.select, t.metric) for t in trials.trials] == [
         (count, *rule)
         for count in (1, 2, 3)
         for rule in (("lowest", "block-influence"), ("lowest", "kl"), ("deepest", None))

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from shortcut.decoder import Batch
 from shortcut.errors import ShortcutError
 from shortcut.live import Model
-from shortcut.scoring.calibration import Batch
 from shortcut.scoring.metrics import perplexity_of
 
 

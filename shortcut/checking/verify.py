@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from shortcut.checking.perplexity import perplexity
+from shortcut.decoder import Batch
 from shortcut.errors import ShortcutError
 from shortcut.live import Model, load_model
 from shortcut.progress import track
 from shortcut.records.plan import Plan
-from shortcut.scoring.calibration import Batch, Calibration, make_batches
+from shortcut.scoring.calibration import Calibration, make_batches
 from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.compare import compare_tensors
 from shortcut.surgery.preview import preview

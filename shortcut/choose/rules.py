@@ -1,30 +1,41 @@
 """Which blocks go: pure rules over scores. No rule looks at a model."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 from shortcut.errors import ShortcutError
+from shortcut.records.actions import GONE, Action, Move, join
 from shortcut.records.blocks import parse_blocks
 from shortcut.records.scores import Scores
 
 Select = Literal["lowest", "span", "deepest", "greedy"]
+Choice = dict[int, Action]  # what is done to which block
 
 
 def removals(
-    rule: Select, depth: int, protected: Iterable[int] = (), scores: Scores | None = None, metric: str = ""
-) -> list[tuple[int, ...]]:
-    """What goes when 1, 2, 3 ... blocks go, each ascending; as many entries as blocks may go at most.
+    rule: Select,
+    depth: int,
+    protected: Iterable[int] = (),
+    scores: Scores | None = None,
+    metric: str = "",
+    allow: Sequence[Action] = ("drop",),
+) -> list[Choice]:
+    """What is done when 1, 2, 3 ... moves are made; as many entries as moves may be made at most.
 
     lowest: the lowest scores, each block on its own. span: the consecutive blocks whose span scores lowest, starting at
     any of 0..depth-count inclusive. deepest: from the last block but one upwards (the last stays), as in Deeper Layers.
     greedy: the order in which blocks went when what was left was scored again each time, as in SLEB. Ties go to the
-    deeper block. Protected blocks never go. Raises ShortcutError for a rule without the scores it needs.
+    deeper block. Nothing happens to protected blocks. allow: what may be done to a block; of several actions, lowest
+    takes the moves that score lowest per parameter that goes. Raises ShortcutError for a rule without the scores it
+    needs, and for several actions where it takes one.
     """
-    shielded = set(protected)
+    shielded, action = set(protected), allow[0]
     candidates = [block for block in range(depth) if block not in shielded]
+    if len(allow) > 1 and rule in ("deepest", "span"):
+        raise ShortcutError(f"--select {rule} takes one action, not {', '.join(allow)}")
     if rule == "deepest":
-        return _growing([block for block in reversed(candidates) if block != depth - 1], depth)
+        return _growing([Move(block, action) for block in reversed(candidates) if block != depth - 1], depth)
     if rule not in get_args(Select):
         raise ShortcutError(f"unknown rule {rule!r}: there are {', '.join(get_args(Select))}")
     if scores is None:
@@ -32,48 +43,62 @@ def removals(
     if rule == "greedy":
         return _growing(_greedy_order(scores, metric, shielded), depth)
     if rule == "lowest":
-        values = scores.of_blocks(metric)
-        return _growing(sorted(candidates, key=lambda block: (values[block], -block)), depth)
-    found = []
+        return _growing(_by_price(scores, metric, candidates, allow), depth)
+    found: list[Choice] = []
     for count in range(1, depth):
-        spans = scores.of_spans(metric, count)
+        spans = scores.of_spans(metric, count, action)
         free = [start for start in range(depth - count + 1) if shielded.isdisjoint(range(start, start + count))]
         if not free:
             break
         best = min(free, key=lambda start: (spans[start], -start))
-        found.append(tuple(range(best, best + count)))
+        found.append(dict.fromkeys(range(best, best + count), action))
     return found
 
 
-def _greedy_order(scores: Scores, metric: str, shielded: set[int]) -> tuple[int, ...]:
+def _by_price(scores: Scores, metric: str, candidates: Sequence[int], allow: Sequence[Action]) -> list[Move]:
+    moves = [Move(block, action) for action in allow for block in candidates]
+    values = {action: scores.of_blocks(metric, action) for action in allow}
+    sizes = {move: max(1, scores.size(*move)) if len(allow) > 1 else 1 for move in moves}
+    return sorted(moves, key=lambda move: (values[move.action][move.block] / sizes[move], -move.block))
+
+
+def _greedy_order(scores: Scores, metric: str, shielded: set[int]) -> tuple[Move, ...]:
     if metric not in scores.orders:
         known = ", ".join(scores.orders) or "none"
         raise ShortcutError(f"no order by {metric!r} in these scores (there are: {known}): score with --greedy N")
-    if early := sorted(shielded & set(scores.orders[metric])):
+    if early := sorted(shielded & {move.block for move in scores.orders[metric]}):
         raise ShortcutError(f"the order by {metric} has block {early[0]}, which is to stay: score again with --protect")
     return scores.orders[metric]
 
 
-def _growing(order: Sequence[int], depth: int) -> list[tuple[int, ...]]:
-    return [tuple(sorted(order[:count])) for count in range(1, min(len(order), depth - 1) + 1)]
+def _growing(order: Sequence[Move], depth: int) -> list[Choice]:
+    """What is done after each move that changes something, as long as one block keeps its attention."""
+    choices: list[Choice] = []
+    done: Choice = {}
+    for block, action in order:
+        after = {**done, block: join(done.get(block, "keep"), action)}
+        if after != done and sum("attention" in GONE[own] for own in after.values()) < depth:
+            choices.append(after)
+            done = after
+    return choices
 
 
-def pick_count(choices: Sequence[tuple[int, ...]], count: int, depth: int) -> tuple[int, ...]:
-    """The choice of this many blocks. Raises ShortcutError, naming the possible numbers, where there is none."""
+def pick_count(choices: Sequence[Choice], count: int, depth: int) -> Choice:
+    """The choice of this many moves. Raises ShortcutError, naming the possible numbers, where there is none."""
     if not 1 <= count <= len(choices):
         possible = f"1 to {len(choices)} can go" if choices else "none can go"
         raise ShortcutError(f"cannot drop {count} of {depth} blocks: {possible}")
     return choices[count - 1]
 
 
-def pick_ratio(
-    choices: Sequence[tuple[int, ...]], share: float, parameters: int, block_parameters: Sequence[int]
-) -> tuple[int, ...]:
-    """The smallest choice that holds at least this share of all parameters of the model.
+def pick_ratio(choices: Sequence[Choice], share: float, parameters: int, size: Callable[[int, Action], int]) -> Choice:
+    """The smallest choice by which at least this share of all parameters of the model goes.
+
+    size: how many go when something is done to a block.
 
     Raises ShortcutError where even the largest holds less.
     """
-    shares = [sum(block_parameters[block] for block in choice) / parameters for choice in choices]
+    shares = [sum(size(*move) for move in choice.items()) / parameters for choice in choices]
     for choice, held in zip(choices, shares, strict=True):
         if held >= share:
             return choice

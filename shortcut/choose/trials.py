@@ -9,7 +9,7 @@ from typing import Any
 from shortcut.checking.perplexity import perplexity
 from shortcut.live import Model
 from shortcut.progress import track
-from shortcut.records.blocks import format_blocks
+from shortcut.records.actions import Action
 from shortcut.records.plan import Plan
 from shortcut.records.scores import Scores
 from shortcut.scoring.calibration import Calibration, make_batches
@@ -19,11 +19,15 @@ from shortcut.text import format_count, format_table
 
 @dataclass(frozen=True)
 class Trial:
-    """One plan and what it costs: the rule and metric that chose it, and the perplexity without its blocks."""
+    """One plan and what it costs: the rule and metric that chose it, and the perplexity without its blocks.
+
+    dropped: what goes, as text; count: how many blocks that concerns.
+    """
 
     select: str
     metric: str | None
-    dropped: tuple[int, ...]
+    dropped: str
+    count: int
     parameters: int
     perplexity: float
 
@@ -50,9 +54,9 @@ class Trials:
     def table(self) -> list[list[str]]:
         """A head and a row for every plan, the whole model first."""
         head = ["select", "metric", "count", "dropped", "parameters", "perplexity"]
-        whole = Trial("none", None, (), self.parameters, self.perplexity)
+        whole = Trial("none", None, "none", 0, self.parameters, self.perplexity)
         rows = [
-            [trial.select, trial.metric or "-", len(trial.dropped), format_blocks(trial.dropped), trial.parameters]
+            [trial.select, trial.metric or "-", trial.count, trial.dropped, trial.parameters]
             for trial in (whole, *self.trials)
         ]
         prices = [self.perplexity, *(trial.perplexity for trial in self.trials)]
@@ -79,19 +83,20 @@ def try_plans(
     """
     batches = make_batches(text, batch_size, model.device)
     whole = Plan.dropping(scores.base, ())
-    known: dict[tuple[int, ...], float] = {}
+    known: dict[tuple[Action, ...], float] = {}
     for plan in track((whole, *plans), "trying plans", quiet=quiet):
-        if plan.dropped not in known:
+        if plan.actions not in known:
             with preview(model, plan):
-                known[plan.dropped] = perplexity(model, batches)
+                known[plan.actions] = perplexity(model, batches)
     trials = tuple(
         Trial(
             plan.why["select"],
             plan.why.get("metric"),
-            plan.dropped,
-            scores.parameters - sum(scores.block_parameters[block] for block in plan.dropped),
-            known[plan.dropped],
+            plan.described,
+            len(plan.dropped) + len(plan.hollow),
+            scores.parameters - sum(scores.size(*move) for move in enumerate(plan.actions)),
+            known[plan.actions],
         )
         for plan in plans
     )
-    return Trials(scores.base.model, text.described, scores.parameters, known[()], trials)
+    return Trials(scores.base.model, text.described, scores.parameters, known[whole.actions], trials)

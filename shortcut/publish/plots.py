@@ -118,7 +118,7 @@ def _describe(scores: Scores) -> str:
     """The model and what it was calibrated on, in one line."""
     record = scores.calibration
     model = Path(scores.base.model).name or scores.base.model
-    source = Path(str(record["data"])).name if "data" in record else ""
+    source = ", ".join(Path(name).name for name in str(record.get("data", "")).split(","))
     size = f"{record['samples']} × {record['length']} tokens" if {"samples", "length"} <= set(record) else ""
     calibration = ", ".join(filter(None, (source, size)))
     return f"{model}  ·  calibration: {calibration}" if calibration else model

@@ -5,6 +5,7 @@ A plan is the only thing that scoring and surgery share. On disk it is a YAML fi
     shortcut: 1
     base: {model: org/model, revision: 5f0b02c, blocks: 32}
     drop: 21-29
+    attention-only: 15,17
     why: {metric: block-influence, select: lowest}
 """
 
@@ -12,14 +13,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import yaml
 
 from shortcut.errors import ShortcutError
+from shortcut.records.actions import GONE, MOVES, Action
 from shortcut.records.blocks import format_blocks, parse_blocks
 
-Action = Literal["keep", "drop"]
 FORMAT = 1
 
 
@@ -43,18 +44,24 @@ class Plan:
     def __post_init__(self) -> None:
         if len(self.actions) != self.base.blocks:
             raise ShortcutError(f"a plan for {self.base.blocks} blocks has {len(self.actions)} actions")
-        if unknown := set(self.actions) - set(get_args(Action)):
-            raise ShortcutError(f"unknown action {sorted(unknown)[0]!r}: there are {', '.join(get_args(Action))}")
+        if unknown := set(self.actions) - set(GONE):
+            raise ShortcutError(f"unknown action {sorted(unknown)[0]!r}: there are {', '.join(GONE)}")
         if not self.kept:
             raise ShortcutError(f"the plan drops all {self.base.blocks} blocks: at least one has to stay")
+        if all("attention" in GONE[action] for action in self.actions):
+            raise ShortcutError("the plan leaves no block its attention: at least one has to keep it")
 
     @classmethod
     def dropping(cls, base: Base, blocks: Iterable[int], why: Mapping[str, Any] | None = None) -> "Plan":
         """The plan that drops these blocks of the base and keeps the others."""
-        gone = set(blocks)
-        if beyond := sorted(block for block in gone if not 0 <= block < base.blocks):
+        return cls.of(base, dict.fromkeys(blocks, "drop"), why)
+
+    @classmethod
+    def of(cls, base: Base, actions: Mapping[int, Action], why: Mapping[str, Any] | None = None) -> "Plan":
+        """The plan of these actions by block; the other blocks are kept."""
+        if beyond := sorted(block for block in actions if not 0 <= block < base.blocks):
             raise ShortcutError(f"no block {format_blocks(beyond)}: the model has blocks 0-{base.blocks - 1}")
-        return cls(base, tuple("drop" if i in gone else "keep" for i in range(base.blocks)), dict(why or {}))
+        return cls(base, tuple(actions.get(block, "keep") for block in range(base.blocks)), dict(why or {}))
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -64,7 +71,28 @@ class Plan:
     @property
     def dropped(self) -> tuple[int, ...]:
         """Blocks of the base that are not in the result."""
-        return tuple(i for i, action in enumerate(self.actions) if action == "drop")
+        return self.blocks("drop")
+
+    @property
+    def hollow(self) -> tuple[int, ...]:
+        """Blocks of the base of which half is in the result."""
+        return tuple(i for i, action in enumerate(self.actions) if len(GONE[action]) == 1)
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything happens to any block."""
+        return any(GONE[action] for action in self.actions)
+
+    @property
+    def described(self) -> str:
+        """For people: what happens to which blocks, such as "4-5, attention-only 7"."""
+        lists = {action: format_blocks(self.blocks(action)) for action in MOVES if self.blocks(action)}
+        parts = [blocks if action == "drop" else f"{action} {blocks}" for action, blocks in lists.items()]
+        return ", ".join(parts) or "none"
+
+    def blocks(self, action: Action) -> tuple[int, ...]:
+        """Blocks of the base to which this happens."""
+        return tuple(i for i, own in enumerate(self.actions) if own == action)
 
     def __str__(self) -> str:
         return format_plan(self).rstrip()
@@ -72,17 +100,20 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as the plain data that its file holds."""
         base = {"model": self.base.model, "revision": self.base.revision, "blocks": self.base.blocks}
-        return {"shortcut": FORMAT, "base": base, "drop": format_blocks(self.dropped), "why": dict(self.why)}
+        lists: dict[str, Any] = {action: format_blocks(self.blocks(action)) for action in MOVES if self.blocks(action)}
+        return {"shortcut": FORMAT, "base": base, "drop": "none", **lists, "why": dict(self.why)}
 
     @classmethod
     def from_dict(cls, data: Any, origin: str = "plan") -> "Plan":
         """Read the plain data of a plan; `origin` names it in errors. Raises ShortcutError for anything else."""
-        check_format(data, origin, {"base", "drop", "why"})
+        check_format(data, origin, {"base", *MOVES, "why"})
         base = read_base(data.get("base"), origin)
-        drop = data.get("drop", "none")
-        if not isinstance(drop, str | int) or isinstance(drop, bool):
-            raise ShortcutError(f'{origin}: "drop" is {drop!r}: write a block list such as "3,5,21-28"')
-        blocks = () if drop == "none" else parse_blocks(str(drop), base.blocks)
+        lists: dict[Action, str] = {}
+        for action in MOVES:
+            blocks = data.get(action, "none")
+            if not isinstance(blocks, str | int) or isinstance(blocks, bool):
+                raise ShortcutError(f'{origin}: "{action}" is {blocks!r}: write a block list such as "3,5,21-28"')
+            lists[action] = str(blocks)
         why = data.get("why") or {}
         if not isinstance(why, dict):
             raise ShortcutError(f'{origin}: "why" has to be a mapping, not {why!r}')
@@ -90,7 +121,21 @@ class Plan:
             json.dumps(why)
         except (TypeError, ValueError):
             raise ShortcutError(f'{origin}: "why" has to be plain data: text, numbers, lists and mappings') from None
-        return cls.dropping(base, blocks, why)
+        return cls.of(base, parse_moves(lists, base.blocks), why)
+
+
+def parse_moves(lists: Mapping[Action, str], depth: int) -> dict[int, Action]:
+    """Read a block list per action, "none" being empty, into an action per block.
+
+    Raises ShortcutError as `parse_blocks` does, and for a block in two lists.
+    """
+    moves: dict[int, Action] = {}
+    for action, text in lists.items():
+        for block in () if text == "none" else parse_blocks(text, depth):
+            if block in moves:
+                raise ShortcutError(f"block {block} cannot be both {moves[block]} and {action}")
+            moves[block] = action
+    return moves
 
 
 def read_base(data: Any, origin: str) -> Base:

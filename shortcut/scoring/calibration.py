@@ -1,50 +1,40 @@
 """The calibration set: the text that scores are computed on, cut into sequences of tokens, and a record of what it was.
 
 By default documents are packed: tokenised, joined and cut into windows of equal length, of which a seed picks some. By
-document, every document is one sequence, cut off at the length and padded on the right.
+document, every document is one sequence, cut off at the length and padded on the right. Domains are read one by one,
+each for its share of the sequences; those of a domain stand together, so that every n-th sequence is of all domains
+alike.
 """
 
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import files
-from pathlib import Path
+from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from shortcut.decoder import Batch
 from shortcut.errors import ShortcutError
+from shortcut.scoring.documents import Conversation, Source, parse_domains, read_documents
 
 ENOUGH = 8  # times the tokens asked for: what is tokenised of a larger source before windows are picked
-# Suffix -> builder of the datasets library: asked for a bare file name it would look for it on the Hub.
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-TEXT_COLUMNS = ("text", "content", "document", "sentence")
-EMBEDDED = {"default": "calibration.txt", "heldout": "heldout.txt"}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids and their mask, both (batch, tokens); the mask is False on padding, which is on the right."""
-
-    ids: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the text comes from: "default" and "heldout" are in the package; else a local file or a Hub data set."""
-
-    data: str = "default"
-    split: str = "train"
-    column: str | None = None
+# For templates that write today's date: the text must not change overnight. `+` keeps a line break that follows.
+ONE_DAY = (
+    "{% macro strftime_now(form) %}{{ form | replace('%d', '26') | replace('%m', '07') | replace('%b', 'Jul')"
+    " | replace('%B', 'July') | replace('%y', '24') | replace('%Y', '2024') }}{% endmacro +%}"
+)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Sequences of token ids, and everything needed to make them again. `hash` is over the ids themselves."""
+    """Sequences of token ids, and everything needed to make them again. `hash` is over the ids themselves.
+
+    domains: for every sequence, which domain of the source it is from, counted from 0; ascending.
+    """
 
     source: Source
     length: int
@@ -52,6 +42,7 @@ class Calibration:
     by_document: bool
     starts_with_bos: bool
     sequences: tuple[tuple[int, ...], ...]
+    domains: tuple[int, ...]
 
     @property
     def hash(self) -> str:
@@ -63,22 +54,41 @@ class Calibration:
         """Number of real tokens."""
         return sum(map(len, self.sequences))
 
+    def take(self, places: Iterable[int]) -> "Calibration":
+        """Some of the sequences: those at these places, which ascend."""
+        places = list(places)
+        sequences = tuple(self.sequences[place] for place in places)
+        return replace(self, sequences=sequences, domains=tuple(self.domains[place] for place in places))
+
     def split(self, samples: int) -> tuple["Calibration", "Calibration"]:
-        """All but the last so many sequences, and these."""
-        if not 0 < samples < len(self.sequences):
-            raise ShortcutError(f"cannot set {samples} of {len(self.sequences)} sequences aside: use more --samples")
-        return replace(self, sequences=self.sequences[:-samples]), replace(self, sequences=self.sequences[-samples:])
+        """All but so many sequences, and these: the last of every domain, in proportion, but never all of one."""
+        counts = [self.domains.count(domain) for domain in sorted(set(self.domains))]
+        spare = [count - 1 for count in counts]
+        if not 0 < samples <= sum(spare):
+            raise ShortcutError(
+                f"cannot set {samples} of {len(self.sequences)} sequences aside and keep one of every text:"
+                " use more --samples"
+            )
+        shares = zip(accumulate(counts), share_out(samples, spare), strict=True)
+        aside = [place for end, share in shares for place in range(end - share, end)]
+        return self.take(sorted(set(range(len(self.sequences))) - set(aside))), self.take(aside)
 
     @property
     def described(self) -> str:
         """For people: the text, how much of it, and the BOS policy."""
         bos = "each starting with BOS" if self.starts_with_bos else "without BOS"
-        return f"{self.source.data} text, {len(self.sequences)} sequences of {self.length} tokens, {bos}"
+        text = "text by the chat template" if self.source.chat_template else "text"
+        return f"{self.source.data} {text}, {len(self.sequences)} sequences of {self.length} tokens, {bos}"
 
     def record(self) -> dict[str, Any]:
-        """What goes into scores and plans: source, count, length, seed, hash."""
+        """What goes into scores and plans: source, domains, count, length, seed, hash."""
+        domains = parse_domains(self.source.data).items()
         return {
             **asdict(self.source),
+            "domains": [
+                {"data": name, "weight": weight, "samples": self.domains.count(number)}
+                for number, (name, weight) in enumerate(domains)
+            ],
             "samples": len(self.sequences),
             "length": self.length,
             "tokens": self.tokens,
@@ -94,19 +104,50 @@ def make_calibration(
 ) -> Calibration:
     """Tokenise a source into `samples` sequences of `length` tokens, the same for the same seed on every machine.
 
-    Every sequence starts with the BOS token if the tokenizer puts one before text. Raises ShortcutError where the
-    source cannot be read, or holds less text than was asked for.
+    Every sequence starts with the BOS token, once, if the tokenizer puts one before text. Of several domains each gives
+    its share of the sequences. Raises ShortcutError where the source cannot be read, or holds less text than was asked
+    for, and where a chat template is asked for and the tokenizer has none, or it refuses a conversation.
     """
     for name, value in (("samples", samples), ("length", length)):
         if value < 2 - (name == "samples"):
             raise ShortcutError(f"--{name} {value} is too small")
+    weights = parse_domains(source.data)
+    shares = share_out(samples, list(weights.values()))
+    sequences: list[tuple[int, ...]] = []
+    for data, share in zip(weights, shares, strict=True):
+        if not share:
+            raise ShortcutError(f"--samples {samples} leaves none for {data}: use more, or give it more weight")
+        sequences += _make_sequences(tokenizer, replace(source, data=data), share, length, seed, by_document)
+    domains = tuple(number for number, share in enumerate(shares) for _ in range(share))
+    starts_with_bos = all(row[0] == tokenizer.bos_token_id for row in sequences)
+    return Calibration(source, length, seed, by_document, starts_with_bos, tuple(sequences), domains)
+
+
+def share_out(total: int, weights: Sequence[float]) -> list[int]:
+    """Whole shares in proportion to weights that add up to exactly the total: the largest remainders are rounded up."""
+    whole = sum(map(Fraction, weights))
+    exact = [total * Fraction(weight) / whole for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda place: shares[place] - exact[place])
+    for place in by_remainder[: total - sum(shares)]:
+        shares[place] += 1
+    return shares
+
+
+def _make_sequences(
+    tokenizer: Any, source: Source, samples: int, length: int, seed: int, by_document: bool
+) -> list[tuple[int, ...]]:
+    """The sequences of one domain."""
     bos = leading_bos(tokenizer)
     room = length - len(bos)
     pieces: list[Sequence[int]] = []
     joined: list[int] = []
     enough = ENOUGH * samples * room
+    template = chat_template_of(tokenizer) if source.chat_template else None
     for document in read_documents(source, seed):
-        tokens = tokenizer(document, add_special_tokens=False)["input_ids"]
+        tokens = tokenise(tokenizer, document, template) if document else []
+        if bos and tokens[:1] == [*bos]:  # the template's own
+            tokens = tokens[1:]
         if by_document and tokens:
             pieces.append(tokens[:room])
         elif tokens:
@@ -119,8 +160,8 @@ def make_calibration(
         pieces = [windows[number] for number in sorted(chosen)]
     if len(pieces) < samples:
         unit = "documents" if by_document else f"sequences of {length} tokens"
-        raise ShortcutError(f"{source.data} holds {len(pieces)} {unit} and --samples asks for {samples}")
-    return Calibration(source, length, seed, by_document, bool(bos), tuple((*bos, *piece) for piece in pieces))
+        raise ShortcutError(f"{source.data} holds {len(pieces)} {unit} and --samples asks it for {samples}")
+    return [(*bos, *piece) for piece in pieces]
 
 
 def leading_bos(tokenizer: Any) -> tuple[int, ...]:
@@ -129,67 +170,29 @@ def leading_bos(tokenizer: Any) -> tuple[int, ...]:
     return tuple(first) if first and first[0] == tokenizer.bos_token_id else ()
 
 
-def read_documents(source: Source, seed: int) -> Iterator[str]:
-    """Yield the documents of a source, several in an order that the seed decides. A .txt file is one document.
+def chat_template_of(tokenizer: Any) -> str:
+    """The chat template of a tokenizer, for which it is always the same day. Raises ShortcutError if there is none."""
+    try:
+        return ONE_DAY + tokenizer.get_chat_template()
+    except ValueError:
+        raise ShortcutError("the model's tokenizer has no chat template: leave out --chat-template") from None
 
-    Raises ShortcutError for a file that is not there or not readable, and a split or column that it does not have.
+
+def tokenise(tokenizer: Any, document: str | Conversation, template: str | None) -> list[int]:
+    """Token ids of a document without special tokens, or of what a chat template makes of it; text is of the user then.
+
+    Raises ShortcutError for a conversation that the template refuses.
     """
-    path = Path(source.data)
-    if source.data in EMBEDDED:
-        yield files("shortcut").joinpath("data", EMBEDDED[source.data]).read_text(encoding="utf-8")
-    elif path.suffix == ".txt":
-        yield _read_text(path)
-    else:
-        yield from _read_rows(source, path, seed)
+    if template is None:
+        return tokenizer(document, add_special_tokens=False)["input_ids"]
+    from jinja2 import TemplateError
 
-
-def _read_text(path: Path) -> str:
+    messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ShortcutError(f"no file {path}") from None
-    except UnicodeDecodeError as error:
-        raise ShortcutError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise ShortcutError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _read_rows(source: Source, path: Path, seed: int) -> Iterator[str]:
-    import datasets
-
-    local = path.suffix in BUILDERS
-    if local and not path.is_file():
-        raise ShortcutError(f"no file {path}")
-    if not local and (path.exists() or source.data.count("/") > 1):
-        raise ShortcutError(f"cannot read {source.data}: --data takes {', '.join(['.txt', *BUILDERS])} or a Hub id")
-    datasets.disable_progress_bars()
-    name, _, subset = source.data.partition(":")
-    try:
-        if local:
-            rows = datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train").shuffle(seed=seed)
-        else:
-            rows = datasets.load_dataset(name, subset or None, split=source.split, streaming=True)
-            rows = rows.shuffle(seed=seed, buffer_size=1000)
-        column = None
-        for row in rows:
-            column = column or _pick_column(source, row)
-            if not isinstance(row[column], str):
-                raise ShortcutError(f"column {column!r} of {source.data} holds {type(row[column]).__name__}, not text")
-            yield row[column]
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise ShortcutError(f"cannot read the data set {source.data}: {reason}") from None
-
-
-def _pick_column(source: Source, row: dict[str, Any]) -> str:
-    if source.column is not None:
-        if source.column not in row:
-            raise ShortcutError(f"no column {source.column!r} in {source.data}; it has: {', '.join(row)}")
-        return source.column
-    for name in (*TEXT_COLUMNS, *(row if len(row) == 1 else ())):
-        if name in row:
-            return name
-    raise ShortcutError(f"which column of {source.data} is the text? Name it with --column: {', '.join(row)}")
+        return tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False)
+    except (TemplateError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ShortcutError(f"the chat template refuses the conversation {str(messages)[:80]}: {reason}") from None
 
 
 def make_batches(calibration: Calibration, batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:

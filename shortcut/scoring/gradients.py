@@ -5,46 +5,57 @@ the last block to the first, each is then run once more with a graph, so that on
 gradients at any time.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from shortcut.decoder import Batch, Call, Decoder
 from shortcut.errors import ShortcutError
 from shortcut.offload import resident
 from shortcut.processes import add_up, share
 from shortcut.progress import track
-from shortcut.scoring.calibration import Batch
+from shortcut.records.actions import Action
+from shortcut.records.scores import Measured
 from shortcut.scoring.metrics import Metric
-from shortcut.scoring.walk import Call, Decoder, run_together, walk
+from shortcut.scoring.walk import run_together, walk
 
 ROWS_AT_ONCE = 256  # whose logits, and their gradients, are in memory together
 
 
 def score_weights(
-    decoder: Decoder, batches: Sequence[Batch], metrics: Sequence[Metric], *, quiet: bool = True
-) -> dict[str, tuple[float, ...]]:
-    """Score every block by metrics of weights and gradients: sums over all its weights, in float64.
+    decoder: Decoder,
+    batches: Sequence[Batch],
+    metrics: Sequence[Metric],
+    allow: Sequence[Action],
+    *,
+    quiet: bool = True,
+) -> Measured:
+    """Score every block by metrics of weights and gradients: sums over all its weights that go, in float64.
 
     Raises ShortcutError where the model's blocks cannot be run one by one, and where a gradient is not finite.
     """
-    sums = {metric.name: [0.0] * len(decoder.blocks) for metric in metrics}
+    sums = {action: {metric.name: [0.0] * len(decoder.blocks) for metric in metrics} for action in allow}
+
+    def add(metric: Metric, number: int, weights: Sequence[nn.Parameter], *gradients: Sequence[Tensor]) -> None:
+        values = zip((weight.detach().float() for weight in weights), *gradients, strict=True)
+        totals = {id(w): metric.measure(*given).double().sum().item() for w, given in zip(weights, values, strict=True)}
+        for action in allow:
+            going = {id(weight) for weight in decoder.weights(number, action)}
+            sums[action][metric.name][number] = math.fsum(totals[each] for each in totals if each in going)
+
     of_gradients = [metric for metric in metrics if metric.needs == "gradients"]
     for metric in (metric for metric in metrics if metric.needs == "weights"):
         for number, block in enumerate(decoder.blocks):
             with resident(block):
-                sums[metric.name][number] = sum(_total(metric, weight.detach().float()) for weight in _weights(block))
+                add(metric, number, _weights(block))
     if of_gradients:
         for number, weights, gradients in _gradients(decoder, batches, quiet=quiet):
             for metric in of_gradients:
-                pairs = zip(weights, gradients, strict=True)
-                sums[metric.name][number] = sum(_total(metric, weight.detach().float(), grad) for weight, grad in pairs)
-    return {metric.name: tuple(map(metric.finish, sums[metric.name])) for metric in metrics}
-
-
-def _total(metric: Metric, *values: Tensor) -> float:
-    return metric.measure(*values).double().sum().item()
+                add(metric, number, weights, gradients)
+    return {action: {m.name: tuple(map(m.finish, sums[action][m.name])) for m in metrics} for action in allow}
 
 
 def _weights(block: nn.Module) -> list[nn.Parameter]:

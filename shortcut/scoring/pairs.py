@@ -7,15 +7,15 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from shortcut.decoder import Batch, Decoder
 from shortcut.errors import ShortcutError
 from shortcut.offload import free_memory, is_offloaded
 from shortcut.processes import add_up, share
 from shortcut.progress import track
 from shortcut.records.scores import Triangle
-from shortcut.scoring.calibration import Batch
 from shortcut.scoring.metrics import Metric
 from shortcut.scoring.store import Budget, Store
-from shortcut.scoring.walk import Decoder, check_finite, run_together, walk
+from shortcut.scoring.walk import check_finite, run_together, walk
 
 ENOUGH = 2  # times as many tokens as the states are wide: with fewer, a map fits anything
 
@@ -32,7 +32,7 @@ def score_pairs(
     depth, tokens = len(decoder.blocks), sum(int(batch.mask.sum()) for batch in batches)
     with TemporaryDirectory(prefix="shortcut-") as folder:
         budget = Budget(free_memory(decoder.model.device) // 4, Path(folder))
-        points = [Store(budget) for _ in range(depth + 1)]
+        points: list[Store[int]] = [Store(budget) for _ in range(depth + 1)]
         runs = [_keep(decoder, batch, points, number) for number, batch in enumerate(batches)]
         for group in [runs] if is_offloaded(decoder.model) else [[run] for run in runs]:
             run_together(decoder, group)
@@ -56,7 +56,7 @@ def score_pairs(
     return found
 
 
-def _keep(decoder: Decoder, batch: Batch, points: Sequence[Store], number: int) -> Iterator[None]:
+def _keep(decoder: Decoder, batch: Batch, points: Sequence[Store[int]], number: int) -> Iterator[None]:
     """Walk with one batch and keep the states of its real tokens before and after every block."""
     for step in walk(decoder, batch):
         if step.block == 0:
@@ -67,5 +67,5 @@ def _keep(decoder: Decoder, batch: Batch, points: Sequence[Store], number: int) 
         yield
 
 
-def _together(point: Store) -> Tensor:
+def _together(point: Store[int]) -> Tensor:
     return torch.cat([*point.values()]).float()

@@ -6,7 +6,7 @@ A run that goes on from them gives, bit for bit, the scores of one that was neve
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shortcut.records.actions import Action
 from shortcut.scoring.metrics import Metric
 
 
@@ -24,12 +25,12 @@ class Partials:
     def __init__(self, key: Mapping[str, Any]) -> None:
         self.key, self.used = key, set[Path]()
 
-    def of(self, metrics: Sequence[Metric], missing: Collection[int]) -> "Partial":
-        """The sums of one walk of the run: of these metrics, without these blocks."""
+    def of(self, metrics: Sequence[Metric], allow: Sequence[Action], done: Mapping[int, Action]) -> "Partial":
+        """The sums of one walk of the run: of these metrics and actions, after what has been done to blocks."""
         from huggingface_hub.constants import HF_HOME
 
         rules = [(metric.name, metric.tokens, metric.average, _fingerprint(metric.measure)) for metric in metrics]
-        text = json.dumps([self.key, rules, sorted(missing)], sort_keys=True)
+        text = json.dumps([self.key, rules, sorted(allow), sorted(done.items())], sort_keys=True)
         path = Path(HF_HOME) / "shortcut" / "partial" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
         self.used.add(path)
         return Partial(path)

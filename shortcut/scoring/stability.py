@@ -1,24 +1,23 @@
 """Is the calibration set large enough? Parts of it, scored alone, should rank the blocks alike."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
 from shortcut.errors import ShortcutError
+from shortcut.records.scores import Scores
 from shortcut.scoring.calibration import Calibration
 
 
 def split_evenly(calibration: Calibration, parts: int) -> list[Calibration]:
-    """Disjoint parts of a calibration set, every one of each n-th sequence.
+    """Disjoint parts of a calibration set, every one of each n-th sequence, and so of all domains alike.
 
     Raises ShortcutError for fewer than two, or more than there are sequences.
     """
     if not 2 <= parts <= len(calibration.sequences):
         raise ShortcutError(f"cannot compare {parts} parts of {len(calibration.sequences)} sequences")
-    return [replace(calibration, sequences=calibration.sequences[part::parts]) for part in range(parts)]
+    return [calibration.take(range(part, len(calibration.sequences), parts)) for part in range(parts)]
 
 
 def rank_agreement(rows: Sequence[Sequence[float]]) -> float:
@@ -27,7 +26,6 @@ def rank_agreement(rows: Sequence[Sequence[float]]) -> float:
     return float(np.mean([np.corrcoef(one, other)[0, 1] for one, other in combinations(ranks, 2)]))
 
 
-def agreements(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def agreements(parts: Sequence[Scores]) -> dict[str, float]:
     """`rank_agreement` of the blocks by every metric, given the scores of every part."""
-    singles = [{name: row[0] if isinstance(row[0], tuple) else row for name, row in part.items()} for part in parts]
-    return {name: rank_agreement([single[name] for single in singles]) for name in singles[0]}
+    return {name: rank_agreement([part.columns[name] for part in parts]) for name in parts[0].columns}

@@ -1,31 +1,59 @@
 """A plan carried out on a live model, for the length of a `with` block."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from shortcut.decoder import Decoder
 from shortcut.errors import ShortcutError
 from shortcut.live import Model, find_blocks, forwards_replaced, hidden_input, output_forms
+from shortcut.records.actions import GONE
 from shortcut.records.plan import Plan
 
 
 @contextmanager
-def preview(model: Model, plan: Plan) -> Iterator[Model]:
+def preview(model: Model, plan: Plan) -> Iterator["Preview"]:
     """Run a live model as if the plan had been cut: the same logits, also in `generate` with a cache.
 
-    Dropped blocks hand on what they are given and cost nothing; no weight is touched, and whatever happens inside, the
-    model is afterwards what it was. A cache made outside must not be used inside, nor the reverse. Raises ShortcutError
-    for a plan of another depth.
+    Dropped blocks hand on what they are given and cost nothing, and so do dropped halves; no weight is touched, and
+    whatever happens inside, the model is afterwards what it was. `set` of what this gives changes the plan at once. A
+    cache made under one plan must not be used under another. Raises ShortcutError for a plan of another depth, and
+    where half a block is dropped and the halves cannot be told.
     """
-    blocks = find_blocks(model)
-    if len(blocks) != plan.base.blocks:
-        raise ShortcutError(f"the plan is for {plan.base.blocks} blocks and the model has {len(blocks)}")
-    forms, _ = output_forms(model)
-    bypasses = {blocks[i]: _bypass(forms[i]) for i in plan.dropped}
-    with forwards_replaced(bypasses), _without_cache_entries(model, plan):
-        yield model
+    shown = Preview(model)
+    try:
+        shown.set(plan)
+        yield shown
+    finally:
+        shown.end()
+
+
+class Preview:
+    """What happens to a live model: one plan at a time."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.blocks = model, find_blocks(model)
+        self._forms, _ = output_forms(model)
+        self._decoder: Decoder | None = None  # taken apart when first half a block goes
+        self._stack = ExitStack()
+
+    def set(self, plan: Plan) -> None:
+        """Carry out this plan instead of the one before, or raise as `preview` does, with none carried out."""
+        self.end()
+        if len(self.blocks) != plan.base.blocks:
+            raise ShortcutError(f"the plan is for {plan.base.blocks} blocks and the model has {len(self.blocks)}")
+        stand_ins: dict[nn.Module, Callable[..., Any]] = {self.blocks[i]: _bypass(self._forms[i]) for i in plan.dropped}
+        for number in plan.hollow:
+            self._decoder = self._decoder or Decoder.of(self.model)
+            stand_ins |= self._decoder.branches(number).silent(GONE[plan.actions[number]])
+        self._stack.enter_context(forwards_replaced(stand_ins))
+        self._stack.enter_context(_without_cache_entries(self.model, plan))
+
+    def end(self) -> None:
+        """Carry out no plan."""
+        self._stack.close()
 
 
 def _bypass(form: Callable[[Tensor], Any]) -> Callable[..., Any]:
@@ -37,13 +65,13 @@ def _bypass(form: Callable[[Tensor], Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _without_cache_entries(model: Model, plan: Plan) -> Iterator[None]:
-    """Tell the caches that transformers makes from the config that dropped blocks store nothing.
+    """Tell the caches that transformers makes from the config that blocks without attention store nothing.
 
-    Otherwise the length of the cache is read from block 0, and stays 0 for ever when block 0 is dropped.
+    Otherwise the length of the cache is read from block 0, and stays 0 for ever when block 0 stores nothing.
     """
     config: Any = model.config.get_text_config(decoder=True)
     before = vars(config).get("kv_sharing_modes")
-    config.kv_sharing_modes = ["reuse" if action == "drop" else None for action in plan.actions]
+    config.kv_sharing_modes = ["reuse" if "attention" in GONE[action] else None for action in plan.actions]
     try:
         yield
     finally:

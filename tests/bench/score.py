@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shortcut.decoder import Batch
 from shortcut.live import Model, decode, load_model, load_tokenizer
 from shortcut.offload import open_live
-from shortcut.scoring.blocks import score_blocks
-from shortcut.scoring.calibration import Batch, Source, make_batches, make_calibration
+from shortcut.scoring.calibration import make_batches, make_calibration
+from shortcut.scoring.documents import Source
 from shortcut.scoring.metrics import METRICS, angular_distance, block_influence, l2, relative_magnitude, variance
 from shortcut.sources import embedded_model, open_model
 from shortcut.surgery.checkpoint import read_checkpoint
 from tests.bench.rounds import THREADS, compare, emit, take_turns, timed
+from tests.reference import scores_of
 
 RUNS, SLOW_RUNS, ABLATION_RUNS = 5, 3, 2
 SAMPLES, LENGTH, BATCH = 8, 512, 4
@@ -32,10 +34,10 @@ def main() -> None:
     model = load_model(folder, device="cpu", dtype="float32")
     batches = make_batches(calibration, BATCH, model.device)
     metrics = [metric for metric in METRICS.values() if metric.needs in ("states", "spans")]
-    check_agreement(score_blocks(model, batches, metrics), score_by_hand(model, batches))  # and warms up
+    check_agreement(scores_of(model, batches, metrics), score_by_hand(model, batches))  # and warms up
 
     def walk() -> float:
-        return timed(lambda: score_blocks(model, batches, metrics))
+        return timed(lambda: scores_of(model, batches, metrics))
 
     what = f"SmolLM2-135M, {SAMPLES} x {LENGTH} tokens, float32, {THREADS} thread, {len(metrics)} metrics"
     plain = take_turns(RUNS, walk, lambda: timed(lambda: forward(model, batches)))
@@ -57,7 +59,7 @@ def compare_ablations(model: Model, batches: list[Batch]) -> None:
     size = f"SmolLM2-135M, {count} x {length} tokens, float32, {THREADS} thread, all blocks"
     for name, bound in (("kl", 0.6), ("perplexity", 0.75)):
         timings = take_turns(
-            ABLATION_RUNS, lambda name=name: timed(lambda: score_blocks(model, batches, [METRICS[name]])), forwards
+            ABLATION_RUNS, lambda name=name: timed(lambda: scores_of(model, batches, [METRICS[name]])), forwards
         )
         emit("score", f"{name}, {size}", rival=f"{passes} forward passes", **compare(*timings), bound=bound)
 
@@ -67,7 +69,7 @@ def compare_offloaded(folder: Path, batches: list[Batch], walk: Callable[[], flo
     checkpoint, metrics = read_checkpoint(folder), [m for m in METRICS.values() if m.needs in ("states", "spans")]
     loading = {"device": "cpu", "dtype": "float32", "trust_remote_code": False, "quiet": True}
     with open_live(folder, checkpoint.config, checkpoint.parameters, offload=True, **loading) as model:
-        timings = take_turns(RUNS, lambda: timed(lambda: score_blocks(model, batches, metrics)), walk)
+        timings = take_turns(RUNS, lambda: timed(lambda: scores_of(model, batches, metrics)), walk)
     what = f"SmolLM2-135M, {SAMPLES} x {LENGTH} tokens, float32, {THREADS} thread, blocks on the disk"
     emit("score", what, rival="blocks in memory", **compare(*timings), bound=1.5)
 

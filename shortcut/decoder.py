@@ -1,0 +1,153 @@
+"""A live model taken apart into its blocks, so that they can be run one by one, whole or in part.
+
+What every block is called with is noted in a forward pass of the decoder in which recorders stand in for the blocks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shortcut.branches import Branches, find_branches
+from shortcut.errors import ShortcutError
+from shortcut.live import (
+    LOADING_ERRORS,
+    Model,
+    decode,
+    find_blocks,
+    forwards_replaced,
+    hidden_input,
+    hidden_output,
+    output_forms,
+)
+from shortcut.offload import resident
+from shortcut.records.actions import GONE, Action
+
+TOLERANCE = 0.05  # of the largest log probability: far above what reordered sums do, also in bfloat16
+PROBE = 8  # tokens on which a model is tried
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids and their mask, both (batch, tokens); the mask is False on padding, which is on the right."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A live model taken apart: its blocks, how each wraps the hidden states that it returns, and its vocabulary."""
+
+    model: Model
+    blocks: nn.ModuleList
+    forms: tuple[Callable[[Tensor], Any], ...]
+    vocabulary: int
+    known: dict[str, Branches] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Model) -> "Decoder":
+        """Take a model apart, and make sure on a few tokens that its parts make up the whole.
+
+        Raises ShortcutError where its blocks cannot be told, and where they hand on more than hidden states, so that
+        they cannot be run one by one.
+        """
+        family, batch = model.config.model_type, _probe(model)
+        try:
+            forms, logits = output_forms(model, batch.ids)
+            decoder = cls(model, find_blocks(model), tuple(forms), logits.shape[-1])
+            with torch.no_grad():
+                last = decoder.states(batch)[-1]
+                walked, expected = decoder.predict(last[0]), torch.log_softmax(logits[0].float(), dim=-1)
+        except LOADING_ERRORS as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ShortcutError(f"the blocks of {family} cannot be run one by one on text: {reason}") from None
+        if last.shape[:2] != batch.ids.shape:
+            shape = f"their states are {tuple(last.shape)}, not (batch, tokens, width)"
+            raise ShortcutError(f"the blocks of {family} cannot be run one by one: {shape}")
+        difference = (walked - expected).abs().max().item()
+        if difference > TOLERANCE * expected.abs().max().item():
+            fault = f"log probabilities differ by {difference:.3g}"
+            raise ShortcutError(f"the blocks of {family} cannot be run one by one: {fault}")
+        return decoder
+
+    def calls(self, batch: Batch) -> list[Call]:
+        """What every block is called with in a forward pass of this batch; the blocks themselves do not run."""
+        noted: dict[int, Call] = {}
+
+        def recorder(number: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                noted[number] = (args, kwargs)
+                return self.forms[number](hidden_input(args, kwargs))
+
+            return forward
+
+        # A full mask is left out: attention then takes its fastest path, as it does for text without padding.
+        mask = None if batch.mask.all() else batch.mask.long()
+        with forwards_replaced({block: recorder(number) for number, block in enumerate(self.blocks)}):
+            decode(self.model, batch.ids, mask)
+        return [noted[number] for number in range(len(self.blocks))]
+
+    def run(self, number: int, hidden: Tensor, call: Call, action: Action = "keep") -> Tensor:
+        """The states after a block, called as it was in a forward pass but for the states before it.
+
+        action: what is left of the block. Raises ShortcutError as `find_branches` does for half a block.
+        """
+        if action == "drop":
+            return hidden
+        silent = {} if action == "keep" else self.branches(number).silent(GONE[action])
+        args, kwargs = call
+        with forwards_replaced(silent):
+            if args:
+                return hidden_output(self.blocks[number](hidden, *args[1:], **kwargs))
+            return hidden_output(self.blocks[number](**{**kwargs, "hidden_states": hidden}))
+
+    def states(self, batch: Batch) -> list[Tensor]:
+        """The states before every block, and those after the last: (batch, tokens, width) each."""
+        calls = self.calls(batch)
+        states = [hidden_input(*calls[0])]
+        for number, call in enumerate(calls):
+            states.append(self.run(number, states[-1], call))
+        return states
+
+    def branches(self, number: int) -> Branches:
+        """The two halves of a block. Raises ShortcutError where it is not the sum, or the chain, of two."""
+        block = self.blocks[number]
+        build = repr(block)  # what is built alike is tried once
+        if build not in self.known:
+            batch, name = _probe(self.model), f"block {number} of {self.model.config.model_type}"
+            with torch.no_grad(), resident(block):
+                call = self.calls(batch)[number]
+                hidden = hidden_input(*call)
+                noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+                self.known[build] = find_branches(name, block, noise, *call)
+        return self.known[build].of(block)
+
+    def weights(self, number: int, action: Action) -> list[nn.Parameter]:
+        """The weights of a block that go by an action."""
+        if action == "drop":
+            return list(self.blocks[number].parameters())
+        return [weight for half in GONE[action] for weight in self.branches(number).parameters(half)]
+
+    def predict(self, states: Tensor) -> Tensor:
+        """Log probabilities of the next token after the states of the last block: (n, width) -> (n, vocabulary).
+
+        The model's own way from there on, final norm, vocabulary projection and all, in float32.
+        """
+
+        def stand_in(number: int) -> Callable[..., Any]:
+            return lambda *_, **__: self.forms[number](states[:, None])
+
+        ids = torch.zeros(len(states), 1, dtype=torch.long, device=self.model.device)
+        with forwards_replaced({block: stand_in(number) for number, block in enumerate(self.blocks)}):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        return torch.log_softmax(logits[:, 0].float(), dim=-1)
+
+
+def _probe(model: Model) -> Batch:
+    ids = torch.arange(PROBE, device=model.device)[None]
+    return Batch(ids, torch.ones_like(ids, dtype=torch.bool))

@@ -1,0 +1,72 @@
+"""Moves made one by one: what scores lowest goes, what is left is scored again, and so on (SLEB, arXiv:2402.09025)."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from shortcut.decoder import Batch, Decoder
+from shortcut.errors import ShortcutError
+from shortcut.progress import track
+from shortcut.records.actions import GONE, Action, Move
+from shortcut.scoring.blocks import score_walked
+from shortcut.scoring.metrics import Metric
+from shortcut.scoring.partial import Partials
+from shortcut.scoring.walk import outcomes
+
+
+def check_greedy(metric: Metric, count: int | None, candidates: int, depth: int, allow: Sequence[Action]) -> int:
+    """How many moves can be made one by one at most: the count, where one is given.
+
+    Raises ShortcutError where that is more than so many candidates allow, and for metrics that cannot be had again.
+    """
+    if metric.needs not in ("states", "logits"):
+        raise ShortcutError(f"{metric.name} cannot be scored again as blocks go: use a metric of states or logits")
+    most = min(candidates, depth - 1) if len(allow) == 1 else 2 * candidates - (candidates == depth)
+    if count is not None and not 0 < count <= most:
+        raise ShortcutError(f"cannot leave out {count} blocks one by one: 1 to {most} can go")
+    return most if count is None else count
+
+
+def remove_greedily(
+    decoder: Decoder,
+    batches: Sequence[Batch],
+    metric: Metric,
+    count: int,
+    candidates: Iterable[int],
+    *,
+    allow: Sequence[Action] = ("drop",),
+    weights: Callable[[int, Action], int] = lambda _, __: 1,
+    enough: float = math.inf,
+    partials: Partials | None = None,
+    quiet: bool = True,
+) -> Iterator[tuple[Move, float]]:
+    """Make the move that scores lowest, score what remains, and so on (SLEB); yields each move and its score then.
+
+    Of several actions, that move is made that adds least to the score per weight that goes. weights: how many go by
+    an action on a block; enough: so many that no further move is made, even before `count`. Metrics of logits compare
+    with the whole model all along. Ties go to the deeper block. Raises ShortcutError as `score_blocks` and
+    `check_greedy` do.
+    """
+    left, done, depth = list(candidates), dict[int, Action](), len(decoder.blocks)
+    check_greedy(metric, count, len(left), depth, allow)
+    for _ in track(range(count), "removing", quiet=quiet):
+        if sum(weights(*move) for move in done.items()) >= enough:
+            return
+        found = score_walked(decoder, batches, [metric], allow, done, partials=partials, quiet=True)
+        scores: dict[Move, Any] = {
+            Move(block, action): found[action][metric.name][block]
+            for block in left
+            for action in outcomes(done.get(block, "keep"), allow)
+            if sum("attention" in GONE[own] for own in {**done, block: action}.values()) < depth
+        }
+        if not scores:
+            return
+        now = found["keep"][metric.name][0] if metric.needs == "logits" else 0.0
+
+        def price(move: Move, scores: dict[Move, float] = scores, now: Any = now) -> tuple[float, int]:
+            going = weights(*move) - weights(move.block, done.get(move.block, "keep"))
+            return (scores[move] - now) / going if len(allow) > 1 else scores[move], -move.block
+
+        lowest = min(scores, key=price)
+        yield lowest, scores[lowest]
+        done[lowest.block] = lowest.action

@@ -1,0 +1,145 @@
+"""What one batch adds to the sums of every metric, while it walks through the blocks."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shortcut.decoder import Batch, Decoder
+from shortcut.records.actions import Action, Move
+from shortcut.scoring.metrics import Metric, cosine, pairwise_cosines
+from shortcut.scoring.store import Budget, Store
+from shortcut.scoring.walk import Step, check_finite, walk
+
+TOKENS_AT_ONCE = 64  # for pairwise cosines: the stack of their states fits a processor's cache
+LOGITS_AT_ONCE = 1 << 22  # log probabilities of one stream in memory: 16 MB; more is slower on a CPU
+
+Sums = dict[str, Tensor]
+
+
+def key(metric: Metric, action: Action) -> str:
+    """Under what name the sums of a metric are kept, for what may be done to a block; "keep" is for the whole model."""
+    return f"{metric.name} {action}"
+
+
+def add_batch(
+    decoder: Decoder,
+    batch: Batch,
+    metrics: Sequence[Metric],
+    allow: Sequence[Action],
+    done: Mapping[int, Action],
+    sums: Sums,
+    budget: Budget,
+) -> Iterator[None]:
+    """Walk with one batch, a block at a time, and add what the metrics measure. The rest is as for `walk`."""
+    of_steps, of_spans, of_logits = (
+        [metric for metric in metrics if metric.needs == needs] for needs in ("states", "spans", "logits")
+    )
+    ablated: Store[Move] | None = Store(budget) if of_logits else None
+    points: Store[int] = Store(budget)  # between the blocks
+    rows = _union(of_spans, batch)
+    for step in walk(decoder, batch, ablated=ablated, allow=allow, done=done):
+        check_finite(step.after[batch.mask].float(), f"block {step.block}", step.after.dtype)
+        _add_step(step, batch, of_steps, sums)
+        if of_spans:
+            _add_halves(step, batch, of_spans, sums)
+            points.setdefault(0, step.before[rows])
+            points[len(points)] = step.after[rows]
+        yield
+    if of_spans:
+        _add_spans(
+            [*points.values()], {metric.name: weights(metric, batch)[rows] for metric in of_spans}, of_spans, sums
+        )
+    if ablated is not None:
+        whole = step.after
+        if done:
+            *_, last = walk(decoder, batch)
+            whole = last.after
+        _add_ablations(decoder, batch, whole, step.after, ablated, of_logits, sums)
+
+
+def chosen(metric: Metric, batch: Batch) -> Tensor:
+    """Which tokens a metric's mean runs over: (batch, tokens)."""
+    if metric.tokens == "last":
+        positions = torch.arange(batch.mask.shape[1], device=batch.mask.device)
+        return positions == (positions * batch.mask).amax(1, keepdim=True)
+    if metric.tokens == "followed":
+        return torch.cat([batch.mask[:, 1:], torch.zeros_like(batch.mask[:, :1])], dim=1)
+    return batch.mask
+
+
+def weights(metric: Metric, batch: Batch) -> Tensor:
+    """How much every token counts in a metric's mean: (batch, tokens), float64, 0 where it does not."""
+    counted = chosen(metric, batch).double()
+    return counted if metric.average == "tokens" else counted / counted.sum(1, keepdim=True).clamp_min(1)
+
+
+def _union(metrics: Sequence[Metric], batch: Batch) -> Tensor:
+    """The tokens that any of these metrics looks at: (batch, tokens)."""
+    return torch.stack([torch.zeros_like(batch.mask), *(chosen(metric, batch) for metric in metrics)]).any(0)
+
+
+def _parts(step: Step) -> dict[Action, tuple[Tensor, Tensor]]:
+    """The states before and after what goes by every action: the block whole, its MLP, its attention."""
+    parts: dict[Action, tuple[Tensor, Tensor]] = {"drop": (step.before, step.after)}
+    if step.between is not None:
+        parts |= {"attention-only": (step.between, step.after), "mlp-only": (step.before, step.between)}
+    return parts
+
+
+def _add_step(step: Step, batch: Batch, metrics: Sequence[Metric], sums: Sums) -> None:
+    counts = {metric.name: weights(metric, batch)[batch.mask] for metric in metrics}
+    for action, pair in _parts(step).items() if metrics else ():
+        before, after = (states[batch.mask].float() for states in pair)
+        for metric in metrics:
+            values = metric.measure(before, after).double()
+            sums[key(metric, action)][step.block] += (values @ counts[metric.name]).cpu()
+
+
+def _add_halves(step: Step, batch: Batch, metrics: Sequence[Metric], sums: Sums) -> None:
+    """Metrics of spans, of the halves of one block."""
+    for action, pair in _parts(step).items():
+        for metric in metrics if action != "drop" else ():
+            count = weights(metric, batch)
+            before, after = (states[count > 0].float() for states in pair)
+            values = metric.measure(cosine(before, after)).double()
+            sums[key(metric, action)][step.block] += (values @ count[count > 0]).cpu()
+
+
+def _add_spans(points: Sequence[Tensor], counts: dict[str, Tensor], metrics: Sequence[Metric], sums: Sums) -> None:
+    """points: the states between the blocks, each (tokens, width); counts: per metric, what each token counts."""
+    for start in range(0, len(points[0]), TOKENS_AT_ONCE):
+        chunk = slice(start, start + TOKENS_AT_ONCE)
+        cosines = pairwise_cosines(torch.stack([point[chunk].float() for point in points], dim=1))
+        for metric in metrics:
+            which = counts[metric.name][chunk]
+            values = metric.measure(cosines[which > 0]).double()
+            sums[key(metric, "drop")] += torch.tensordot(which[which > 0], values, dims=1).cpu()
+
+
+def _add_ablations(
+    decoder: Decoder,
+    batch: Batch,
+    whole: Tensor,
+    now: Tensor,
+    ablated: Mapping[Move, Tensor],
+    metrics: Sequence[Metric],
+    sums: Sums,
+) -> None:
+    """States behind the last block, (batch, tokens, width): of the whole model, as it is now, and after every move."""
+    rows = _union(metrics, batch)
+    targets = batch.ids.roll(-1, dims=1)[rows]
+    counts = {metric.name: weights(metric, batch)[rows] for metric in metrics}
+    room = max(1, LOGITS_AT_ONCE // decoder.vocabulary)
+    for start in range(0, len(targets), room):
+        chunk = slice(start, start + room)
+        base = decoder.predict(whole[rows][chunk])
+        for block, action in (Move(0, "keep"), *ablated):
+            states = now if action == "keep" else ablated[Move(block, action)]
+            without = base if states is whole else decoder.predict(states[rows][chunk])
+            check_finite(without, f"the model without block {block}", states.dtype)
+            for metric in metrics:
+                count = counts[metric.name][chunk]
+                which = count > 0
+                values = metric.measure(base[which], without[which], targets[chunk][which]).double()
+                sums[key(metric, action)][block] += (values @ count[which]).cpu()
