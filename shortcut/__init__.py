@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from shortcut.measure import check as check
     from shortcut.measure import score as score
     from shortcut.measure import sweep as sweep
+    from shortcut.recipes import run as run
     from shortcut.records.plan import Plan as Plan
     from shortcut.records.scores import Scores as Scores
     from shortcut.road import demo as demo
     from shortcut.road import prune as prune
-    from shortcut.road import run as run
     from shortcut.scoring.metrics import Metric as Metric
     from shortcut.scoring.metrics import add_metric as add_metric
     from shortcut.surgery.preview import preview as preview
@@ -40,12 +40,13 @@ if TYPE_CHECKING:
 _HOME = {
     **dict.fromkeys(("cut", "diff", "families", "inspect", "metrics", "plan"), "shortcut.commands"),
     **dict.fromkeys(("check", "score", "sweep"), "shortcut.measure"),
-    **dict.fromkeys(("demo", "prune", "run"), "shortcut.road"),
+    **dict.fromkeys(("demo", "prune"), "shortcut.road"),
     **dict.fromkeys(("Metric", "add_metric"), "shortcut.scoring.metrics"),
     "Plan": "shortcut.records.plan",
     "Scores": "shortcut.records.scores",
     "ShortcutError": "shortcut.errors",
     "preview": "shortcut.surgery.preview",
+    "run": "shortcut.recipes",
 }
 __all__ = [*sorted(_HOME), "__version__"]
 

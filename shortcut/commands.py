@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortcut.choose.rules import Select, parse_protect, parse_ratio, pick_count, pick_ratio, removals
 from shortcut.errors import ShortcutError
+from shortcut.presets import PresetName, with_presets
 from shortcut.progress import byte_bar
 from shortcut.records.actions import Action, parse_actions
 from shortcut.records.plan import Plan, format_plan, parse_moves, read_plan
@@ -36,6 +37,7 @@ def inspect(model: str | Path, *, revision: str | None = None, quiet: bool = Fal
     return inspect_checkpoint(open_model(model, revision, weights=False, quiet=quiet))
 
 
+@with_presets
 def plan(
     scores: str | Path | Scores,
     *,
@@ -44,6 +46,7 @@ def plan(
     drop: str | None = None,
     attention_only: str | None = None,
     mlp_only: str | None = None,
+    preset: PresetName | None = None,
     select: Select = "lowest",
     metric: str | None = None,
     allow: str = "drop",
@@ -82,6 +85,7 @@ def plan(
             sizes = known or Scores(base, checkpoint.parameters, checkpoint.block_parameters, {}, {}, {})
             moves = pick_ratio(choices, parse_ratio(str(ratio)), sizes.parameters, sizes.size)
         why = {"select": select, "allow": allow, "protect": protect, "candidates": candidates}
+        why |= {} if preset is None else {"preset": preset}
         if known is not None and select != "deepest":
             why |= {"metric": metric, "calibration": dict(known.calibration), "settings": dict(known.settings)}
     chosen = Plan.of(base, moves, why)

@@ -8,11 +8,12 @@ from shortcut import runs
 from shortcut.choose.rules import parse_candidates, parse_rules
 from shortcut.commands import read_record
 from shortcut.errors import ShortcutError
+from shortcut.presets import PresetName, with_presets
 from shortcut.processes import is_writer, writer_first
 from shortcut.progress import say
 from shortcut.records.actions import parse_actions
 from shortcut.records.blocks import parse_blocks
-from shortcut.records.scores import Scores, format_scores
+from shortcut.records.scores import Average, Scores, format_scores
 from shortcut.scoring.documents import Source
 from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import read_checkpoint
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
     from shortcut.choose.trials import Trials
 
 
+@with_presets
 def score(
     model: str | Path,
     *,
+    preset: PresetName | None = None,
     metric: str = "block-influence,angular",
+    average: Average = "tokens",
     greedy: int = 0,
     stability: int = 0,
     allow: str = "drop",
@@ -63,7 +67,7 @@ def score(
     from shortcut.scoring.metrics import pick_metrics
     from shortcut.scoring.stability import agreements, split_evenly
 
-    metrics, actions = pick_metrics(metric), parse_actions(allow)
+    metrics, actions = pick_metrics(metric, average), parse_actions(allow)
     pick_dtype(dtype, pick_device(device))
     runs.check_files(out, plot)
     with writer_first():  # it may have to fetch or convert
@@ -75,6 +79,7 @@ def score(
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
     calibration = runs.take_text(checkpoint, Source(data, split, column, chat_template), samples, **text)
     parts = split_evenly(calibration, stability) if stability else []
+    noted: dict[str, Any] = {} if preset is None else {"preset": preset}
     say(f"scoring {checkpoint.base.blocks} blocks of {checkpoint.name} on {calibration.tokens} tokens", quiet=quiet)
     with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
         how: dict[str, Any] = {"allow": actions, "quiet": quiet}
@@ -82,8 +87,8 @@ def score(
         scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, **how, **removing)
         if parts:
             alone = [runs.make_scores(checkpoint, live, part, metrics, batch_size, **how) for part in parts]
-            agreed = {"parts": stability, **agreements(alone)}
-            scores = replace(scores, settings={**scores.settings, "stability": agreed})
+            noted["stability"] = {"parts": stability, **agreements(alone)}
+        scores = replace(scores, settings={**scores.settings, **noted})
     if out is not None and is_writer():
         write_text(out, format_scores(scores))
     if plot is not None and is_writer():
@@ -93,11 +98,14 @@ def score(
     return scores
 
 
+@with_presets
 def sweep(
     model: str | Path,
     *,
     count: str = "1-8",
+    preset: PresetName | None = None,
     metric: str = "block-influence,angular",
+    average: Average = "tokens",
     select: str = "lowest,span,deepest",
     allow: str = "drop",
     protect: str = "none",
@@ -131,7 +139,7 @@ def sweep(
     from shortcut.scoring.greedy import check_greedy
     from shortcut.scoring.metrics import pick_metrics
 
-    metrics, rules, actions = pick_metrics(metric), parse_rules(select), parse_actions(allow)
+    metrics, rules, actions = pick_metrics(metric, average), parse_rules(select), parse_actions(allow)
     pick_dtype(dtype, pick_device(device))
     runs.check_files(out, plot)
     checkpoint = open_model(model, revision, quiet=quiet)
@@ -145,7 +153,7 @@ def sweep(
     source = Source(data, split, column, chat_template)
     calibration = runs.take_text(checkpoint, source, samples, **text)
     unseen = runs.take_text(checkpoint, replace(source, data=heldout), samples, **text)
-    how: dict[str, Any] = {"allow": allow, "protect": protect, "candidates": candidates}
+    how: dict[str, Any] = {"preset": preset, "allow": allow, "protect": protect, "candidates": candidates}
     removing: dict[str, Any] = {"allow": actions, "greedy": greedy, "may_go": may_go, "quiet": quiet}
     with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
         scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, **removing)

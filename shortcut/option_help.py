@@ -8,6 +8,8 @@ OPTION_HELP = {
     "recipe": "a YAML file: the options of one command, by name",
     "revision": "branch, tag or commit of a Hub model",
     "metric": "one or more of what `shortcut metrics` lists, with commas",
+    "average": "what counts the same in the mean of a metric: tokens, or sequences, however short",
+    "preset": "a published method: its options are the defaults, and what is given beside it wins",
     "data": "text: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a Hub id (org/name or org/name:subset), "
     '"default" (embedded prose) or "heldout" (other embedded prose); several, with commas, give equal shares of the '
     'sequences, or as they are weighted: "3*a.txt,b.jsonl"',

@@ -1,21 +1,18 @@
-"""The whole road in one call: score, plan, cut, check; from options (`prune`), from a file (`run`), as a demo."""
+"""The whole road in one call: score, plan, cut, check; from options (`prune`), or as a demo."""
 
 import importlib.util
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from shortcut import commands, measure, runs
-from shortcut.arguments import UsageError, bind, options_of
+from shortcut import commands, runs
 from shortcut.choose.rules import parse_rules
-from shortcut.errors import ShortcutError
+from shortcut.presets import PresetName, with_presets
 from shortcut.progress import byte_bar, say
 from shortcut.records.actions import parse_actions
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import format_plan
-from shortcut.records.scores import Scores, format_scores
+from shortcut.records.scores import Average, Scores, format_scores
 from shortcut.scoring.documents import Source
 from shortcut.selection import Request, select_plan
 from shortcut.sources import embedded_model, open_model
@@ -55,6 +52,7 @@ class PruneReport:
         return "\n".join([*parts, str(self.cut), "", str(self.check)])
 
 
+@with_presets
 def prune(
     model: str | Path,
     out: str | Path,
@@ -64,8 +62,10 @@ def prune(
     drop: str | None = None,
     attention_only: str | None = None,
     mlp_only: str | None = None,
+    preset: PresetName | None = None,
     select: str = "lowest",
     metric: str = "block-influence",
+    average: Average = "tokens",
     allow: str = "drop",
     protect: str = "none",
     candidates: str = "all",
@@ -100,7 +100,8 @@ def prune(
     base, target = open_model(model, revision, quiet=quiet), Path(out)
     source = Source(data, split, column, chat_template)
     by_hand, rules = commands.given_moves(drop, attention_only, mlp_only), parse_rules(select)
-    request = Request(count, ratio, by_hand, rules, pick_metrics(metric), parse_actions(allow), protect, candidates)
+    metrics, actions = pick_metrics(metric, average), parse_actions(allow)
+    request = Request(count, ratio, by_hand, rules, metrics, actions, protect, candidates, preset)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     loading, text = {"device": device, "dtype": dtype, **trust}, {"length": length, "seed": seed, **trust}
@@ -145,35 +146,6 @@ def _describe(folder: Path, report: PruneReport) -> None:
         if picture:
             draw_scores(report.scores, folder / "scores.png", plan.dropped)
     write_text(folder / "README.md", format_card(plan, report.cut, report.check, picture=picture))
-
-
-def run(recipe: Path, *, quiet: bool = False) -> Any:
-    """Run the command that a recipe file describes, with its options by name.
-
-    A recipe is YAML: `command: prune`, then that command's options, such as `model: org/name` or `count: 7`.
-    """
-    try:
-        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ShortcutError(f"cannot read the recipe {recipe}: {' '.join(str(error).split())}") from None
-    runnable = {
-        command.__name__: command
-        for command in (
-            *(commands.inspect, commands.plan, commands.cut, commands.diff),
-            *(measure.score, measure.sweep, measure.check, prune),
-        )
-    }
-    if not isinstance(content, dict) or content.get("command") not in runnable:
-        raise ShortcutError(f"{recipe} needs an entry command: with one of {', '.join(runnable)}")
-    command = runnable[content.pop("command")]
-    texts = {str(name).replace("-", "_"): str(value) for name, value in content.items() if value is not None}
-    if quiet and "quiet" in options_of(command):
-        texts["quiet"] = "True"
-    try:
-        arguments = bind(command, texts)
-    except UsageError as error:
-        raise ShortcutError(f"{recipe}: {error}") from None
-    return command(**arguments)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ def make_scores(
 
     batches = make_batches(calibration, batch_size, live.device)
     settings = {"device": str(live.device), "dtype": str(live.dtype).removeprefix("torch."), "batch_size": batch_size}
+    settings["average"] = metrics[0].average
     partials = Partials({**settings, **identify(checkpoint), "calibration": calibration.hash, "part": own_part()})
     decoder, sizes, total = Decoder.of(live), checkpoint.block_parameters, checkpoint.parameters
     if decoder.fault is not None:

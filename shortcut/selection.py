@@ -30,6 +30,7 @@ class Request:
     allow: tuple[Action, ...]
     protect: str
     candidates: str
+    preset: str | None = None
 
     @property
     def needs_model(self) -> bool:
@@ -44,7 +45,7 @@ class Request:
     def plans(self, scores: Scores) -> list[Plan]:
         """What every rule chooses by every metric; a single rule by the first. Raises ShortcutError as `plan` does."""
         how: dict[str, Any] = {"count": self.count, "ratio": self.ratio, "allow": ",".join(self.allow)}
-        how |= {"protect": self.protect, "candidates": self.candidates}
+        how |= {"protect": self.protect, "candidates": self.candidates, "preset": self.preset}
         how |= {action.replace("-", "_"): blocks for action, blocks in self.by_hand.items()}
         if self.is_open:
             return runs.plans_by_rules(scores, self.rules, **how)

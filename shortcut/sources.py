@@ -121,9 +121,10 @@ def _open_remote(model: str, revision: str | None) -> Checkpoint | None:
 
 def _fetch(model: str, revision: str | None, patterns: list[str], quiet: bool) -> Path:
     import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars
 
     if quiet or not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
     with _hub_errors(model, revision):
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
 

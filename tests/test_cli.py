@@ -97,6 +97,8 @@ WRONG = {
     "inspect": "MODEL is missing",
     "plan s.json --count 2 --select best": "--select best: choose from lowest, span, deepest",
     "plan s.json --count two": "--count two: needs a whole number",
+    "score m --average blocks": "--average blocks: choose from tokens, sequences",
+    "score m --preset best": "--preset best: choose from shortgpt, shortx, deeper-layers, shortened-llama, short-",
 }
 
 
@@ -118,6 +120,7 @@ def test_wrong_usage(capsys, calls, tmp_path, line):
         ("score [1] --data {} --quiet", "score", {"model": "[1]", "data": "{}", "quiet": True}),
         ("prune m cut --ratio 25%", "prune", {"model": "m", "out": "cut", "ratio": "25%"}),
         ("plan s.json --count 2", "plan", {"scores": "s.json", "count": 2}),
+        ("sweep m --preset sleb --average tokens", "sweep", {"model": "m", "preset": "sleb", "average": "tokens"}),
         ("demo", "demo", {}),
         ("check out --base 0.5", "check", {"checkpoint": "out", "base": "0.5"}),
     ],

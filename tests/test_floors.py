@@ -12,7 +12,7 @@ import shortcut
 
 PACKAGE = Path(shortcut.__file__).parent
 FLOORS = [
-    {"errors", "text", "processes", "arguments", "option_help"},
+    {"errors", "text", "processes", "arguments", "option_help", "presets"},
     {"progress"},
     {"records", "anatomy", "live"},
     {"offload", "branches"},
@@ -25,6 +25,7 @@ FLOORS = [
     {"runs"},
     {"measure", "selection"},
     {"road"},
+    {"recipes"},
     {"cli"},
     {"__main__"},
 ]

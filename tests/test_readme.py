@@ -9,6 +9,7 @@ import pytest
 import shortcut
 from shortcut.cli import COMMANDS, _parse
 from shortcut.live import load_model
+from shortcut.presets import PRESETS
 from shortcut.scoring.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,15 @@ def test_every_command_and_metric_is_in_the_readme() -> None:
     """No command and no metric is missing from the tables."""
     assert {name for name in COMMANDS if f"`shortcut {name}" in README} == set(COMMANDS)
     assert {name for name in METRICS if f"| `{name}` |" in README} == set(METRICS)
+
+
+def test_presets_are_as_in_the_readme() -> None:
+    """The table of presets has every row, with its options, what goes by it, and its source."""
+    rows = [
+        f"| `{name}` | {', '.join(f'{option} {value}' for option, value in p.options.items())} | {p.why} | {p.source} |"
+        for name, p in PRESETS.items()
+    ]
+    assert "\n".join(rows) in README
 
 
 def test_make_targets_exist() -> None:

@@ -1,15 +1,13 @@
-"""prune, run and what they leave behind."""
+"""prune, and what it leaves behind."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard
 
 import shortcut
-from shortcut.arguments import bind
 from shortcut.cli import main
 from shortcut.errors import ShortcutError
 from shortcut.records.plan import read_plan
@@ -136,45 +134,3 @@ def test_overwrite_replaces_only_what_shortcut_wrote(llama: Path, tmp_path: Path
     with pytest.raises(ShortcutError, match="was not written by shortcut"):
         shortcut.cut(llama, tmp_path / "mine", drop="1", overwrite=True, quiet=True)
     assert {path.name for path in tmp_path.iterdir()} == {"short", "mine"}
-
-
-def test_run_carries_out_a_recipe(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A recipe is a command with its options by name, spelt with - or _."""
-    recipe = {"command": "cut", "model": str(llama), "out": str(tmp_path / "short"), "drop": 3, "max-shard-size": "1GB"}
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["run", str(tmp_path / "r.yaml"), "--quiet"]) == 0
-    assert "drops  3" in capsys.readouterr().out
-    assert json.loads((tmp_path / "short" / "config.json").read_text())["num_hidden_layers"] == DEPTH - 1
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (
-            "command: prune\nmodel: m\nout: o\ncuont: 3\n",
-            r"r\.yaml: unknown option 'cuont': there are model, out, count",
-        ),
-        ("command: prune\nmodel: m\n", r"r\.yaml: OUT is missing"),
-        ("command: prune\nmodel: m\nout: o\ncount: many\n", r"r\.yaml: --count many: needs a whole number"),
-        ("command: dance\n", r"r\.yaml needs an entry command: with one of inspect, plan"),
-        ("- 1\n", r"r\.yaml needs an entry command"),
-        ("{", r"cannot read the recipe"),
-    ],
-)
-def test_wrong_recipes_are_refused(content: str, message: str, tmp_path: Path) -> None:
-    """A misspelt option, a missing one, a wrong value, another command and what is no YAML are each one line."""
-    (tmp_path / "r.yaml").write_text(content)
-    with pytest.raises(ShortcutError, match=message) as caught:
-        shortcut.run(tmp_path / "r.yaml")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("recipe", sorted(Path(__file__).parent.parent.joinpath("recipes").glob("*.yaml")), ids=str)
-def test_recipes_are_complete_calls(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every recipe that comes with the project names a command and options that it has."""
-    content = yaml.safe_load(recipe.read_text())
-    called: list[dict[str, object]] = []
-    monkeypatch.setattr("shortcut.road.bind", lambda command, texts: called.append(bind(command, texts)) or {})
-    with pytest.raises(TypeError, match="missing 2 required positional arguments"):  # bound, but not carried out
-        shortcut.run(recipe)
-    assert called[0].keys() == content.keys() - {"command"}

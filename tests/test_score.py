@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,24 @@ def test_averages_over_sequences_count_each_the_same(name: str, llama: Path) -> 
     first = {over: row[0] if isinstance(row[0], tuple) else row for over, row in found.items()}
     torch.testing.assert_close(first["sequences"], expected, rtol=1e-5, atol=1e-6)
     assert any(abs(x - y) > 1e-3 * abs(y) for x, y in zip(first["tokens"], expected, strict=True))
+
+
+@pytest.mark.parametrize(("average", "same"), [("tokens", True), ("sequences", False)])
+def test_average_is_an_option(average: Any, same: bool, llama: Path, tmp_path: Path) -> None:
+    """--average counts tokens or sequences, which differs for documents of different lengths; the scores say which."""
+    (tmp_path / "t.jsonl").write_text('{"text": "short"}\n{"text": "quite a lot longer than that"}\n')
+    text: dict[str, Any] = {"data": str(tmp_path / "t.jsonl"), "by_document": True, "samples": 2, "length": 24}
+    by_default = shortcut.score(llama, metric="l2", quiet=True, **text)
+    scores = shortcut.score(llama, metric="l2", average=average, quiet=True, **text)
+    assert scores.settings == {**by_default.settings, "average": average}
+    assert (scores.metrics == by_default.metrics) is same
+
+
+@pytest.mark.parametrize("metric", ["taylor", "magnitude", "linear-replacement"])
+def test_what_is_no_mean(metric: str) -> None:
+    """A metric that is no mean cannot be one over sequences: it says so before a model is looked for."""
+    with pytest.raises(ShortcutError, match=f"{metric} is no mean over .*: score it with --average tokens"):
+        shortcut.score("m", metric=f"l2,{metric}", average="sequences")
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])

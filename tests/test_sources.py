@@ -1,5 +1,7 @@
 """What MODEL can be, and what is said where it is none of it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,13 @@ def test_what_is_no_model(model: str, message: str, tmp_path: Path, monkeypatch:
     with pytest.raises(ShortcutError, match=message) as caught:
         shortcut.inspect(model, quiet=True)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_on_the_hub_is_asked_for_by_a_fresh_program() -> None:
+    """A Hub id needs nothing that something else happened to import before."""
+    program = "from shortcut.sources import open_model\nopen_model('org/none', quiet=True)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert "ShortcutError: cannot get org/none from the Hub: the Hub cannot be reached" in done.stderr
 
 
 def test_without_the_wheel_the_demo_uses_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

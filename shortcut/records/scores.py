@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shortcut.errors import ShortcutError
 from shortcut.records.actions import Action, Move
@@ -17,6 +17,7 @@ from shortcut.records.plan import FORMAT, Base, check_format, read_base
 from shortcut.text import format_table
 
 Triangle = tuple[tuple[float, ...], ...]
+Average = Literal["tokens", "sequences"]  # what counts the same in a mean over text
 Measured = dict[Action, dict[str, tuple[float, ...] | Triangle]]  # scores by action and metric
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from shortcut.errors import ShortcutError
+from shortcut.records.scores import Average
 from shortcut.text import format_table
 
 Needs = Literal["states", "spans", "pairs", "logits", "gradients", "weights"]
-Average = Literal["tokens", "sequences"]
 # What a need costs, in passes of a batch through one of L blocks.
 COSTS: dict[Needs, str] = {
     "states": "L",
@@ -212,9 +212,14 @@ def add_metric(metric: Metric) -> None:
 def pick_metrics(names: str, average: Average = "tokens") -> list[Metric]:
     """The metrics of a comma-separated list, with means over tokens or over sequences.
 
-    Raises ShortcutError for an unknown name, saying which there are.
+    Raises ShortcutError for an unknown name, saying which there are, and for what is no mean and yet to be one over
+    sequences.
     """
     wanted = [name.strip() for name in names.split(",")]
     if unknown := [name for name in wanted if name not in METRICS]:
         raise ShortcutError(f"unknown metric {unknown[0]!r}: there are {', '.join(METRICS)}")
-    return [replace(METRICS[name], average=average) for name in dict.fromkeys(wanted)]
+    found = [replace(METRICS[name], average=average) for name in dict.fromkeys(wanted)]
+    whole = [metric.name for metric in found if metric.needs in ("pairs", "gradients", "weights")]
+    if whole and average == "sequences":
+        raise ShortcutError(f"{whole[0]} is no mean over tokens or sequences: score it with --average tokens")
+    return found

@@ -1,0 +1,101 @@
+"""Presets: published methods, each a row of values for options that are there anyway.
+
+A row holds the rule; text is never in it. What a publication was scored on is in recipes/.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from shortcut.errors import ShortcutError
+
+PresetName = Literal["shortgpt", "shortx", "deeper-layers", "shortened-llama", "short-transformers", "sleb"]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published method: options by name, where it comes from, and what goes by it."""
+
+    options: Mapping[str, str | int]
+    source: str
+    why: str
+
+
+PRESETS: dict[PresetName, Preset] = {
+    # Its sums over windows of one length rank blocks as means over tokens do. Sequences: the tool's.
+    "shortgpt": Preset(
+        {"metric": "block-influence", "select": "lowest", "average": "tokens"},
+        "arXiv:2403.03853",
+        "the blocks that turn the stream least",
+    ),
+    # A mean of the means of texts of different lengths (--by-document): of one length it is ShortGPT's. Sequences: the
+    # tool's. Its kl is for vision models.
+    "shortx": Preset(
+        {"metric": "block-influence", "select": "lowest", "average": "sequences"},
+        "github.com/icip-cas/ShortX",
+        "the same, every text counting the same however short",
+    ),
+    # Its simple heuristic is --select deepest. Sequences: the tool's.
+    "deeper-layers": Preset(
+        {"metric": "angular", "select": "span"},
+        "arXiv:2403.17887",
+        "the span that turns the last token of a sequence least",
+    ),
+    # 10 sequences of 128 tokens are the defaults of its scripts. Its other criterion is --metric taylor.
+    "shortened-llama": Preset(
+        {
+            "metric": "perplexity",
+            "select": "lowest",
+            "protect": "plus",
+            "average": "tokens",
+            "samples": 10,
+            "length": 128,
+        },
+        "arXiv:2402.02834",
+        "the blocks without which text is predicted best, but the first four and the last two",
+    ),
+    # Its averaged metric; by default it looks at the last token only, which is deeper-layers. Its search gives the
+    # start of the best span of one block more than asked for: not reproduced. Sequences: the tool's.
+    "short-transformers": Preset(
+        {"metric": "angular-all", "select": "span", "average": "sequences"},
+        "github.com/melisa-writer/short-transformers",
+        "the span that turns all tokens least",
+    ),
+    # Its code also spares the first and the last block: of 32, --protect 0,31. Sequences: the tool's.
+    "sleb": Preset(
+        {"metric": "perplexity", "select": "greedy", "average": "tokens"},
+        "arXiv:2402.09025",
+        "one by one, the block without which the rest predicts text best",
+    ),
+}
+
+
+def with_presets(command: Callable[P, R]) -> Callable[P, R]:
+    """The same command; the preset it is called with gives the options that it has and that are not given.
+
+    Raises ShortcutError for an unknown preset, and for one that lacks the number of blocks to leave out one by one.
+    """
+    known = signature(command).parameters
+
+    @functools.wraps(command)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        name: Any = kwargs.get("preset")
+        for option, value in (_options(name, kwargs, known) if name is not None else {}).items():
+            kwargs.setdefault(option, value)
+        return command(*args, **kwargs)
+
+    return call
+
+
+def _options(name: PresetName, given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, str | int]:
+    """The options of a preset that a command has. given: what the command is called with."""
+    if name not in PRESETS:
+        raise ShortcutError(f"unknown preset {name!r}: there are {', '.join(PRESETS)}")
+    options = PRESETS[name].options
+    if options["select"] == "greedy" and "greedy" in known and not given.get("greedy"):
+        raise ShortcutError(f"the preset {name} leaves blocks out one by one: say how many with --greedy N")
+    return {option: value for option, value in options.items() if option in known}
