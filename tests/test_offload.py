@@ -52,7 +52,7 @@ def test_scores_are_those_of_a_model_in_memory(
     whole = load_model(folder)
     batches = make_batches(calibration, 2)
     expected = scores_of(whole, batches, metrics)
-    order = list(remove_greedily(whole, batches, METRICS["kl"], 2, range(DEPTH)))
+    order = list(remove_greedily(Decoder.of(whole), batches, METRICS["kl"], 2, range(DEPTH)))
     with open_on_disk(folder) as model:
         assert is_offloaded(model)
         assert scores_of(model, batches, metrics) == expected
