@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shortcut.anatomy import find_anatomy
 from shortcut.errors import ShortcutError
+from shortcut.modeling.hollowing import has_own_code
 
 Model = Any  # a PreTrainedModel of transformers, which mypy does not follow
 # What code of transformers raises for a config, a checkpoint or a call that is not right.
@@ -77,14 +78,14 @@ def load_model(
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    where = pick_device(device)
+    where, trust_remote_code = pick_device(device), trusts(folder, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": pick_dtype(dtype, where), "trust_remote_code": trust_remote_code}
     options |= {"device_map": dict(places or {"": where}), "offload_folder": scratch}
     try:
-        family = transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
-        ).model_type
-        model, info = _auto_class(family).from_pretrained(
+        )
+        model, info = _auto_class(config).from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **options
         )
     except LOADING_ERRORS as error:
@@ -99,6 +100,15 @@ def load_model(
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     return model
+
+
+def trusts(folder: Path, *, trust_remote_code: bool) -> bool:
+    """Whether code of a checkpoint may run: when the user says so, and when it is no other than shortcut writes."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return trust_remote_code  # whoever reads it says what is wrong
+    return trust_remote_code or (isinstance(config, dict) and has_own_code(folder, config))
 
 
 def load_config(content: Mapping[str, Any], code: Path | None = None) -> Any:
@@ -122,7 +132,7 @@ def build_empty(content: Mapping[str, Any], code: Path | None = None) -> Model:
             with torch.device("meta"):
                 if code is None and named is not None:
                     return named._from_config(config)
-                return _auto_class(config.model_type).from_config(config, trust_remote_code=code is not None)
+                return _auto_class(config).from_config(config, trust_remote_code=code is not None)
         except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())[:300]
             raise ShortcutError(f"transformers cannot build this config: {reason}") from None
@@ -148,14 +158,16 @@ def _read_config(folder: Path, code: Path | None) -> Any:
         raise ShortcutError(f"transformers cannot read this config: {reason}") from None
 
 
-def _auto_class(family: str) -> Any:
+def _auto_class(config: Any) -> Any:
+    """The class that loads a checkpoint of this config: what its architecture sees, or else what its family may see."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as WRITING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
 
-    seeing = family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    named, family = getattr(config, "auto_map", None) or {}, config.model_type
+    architecture = (config.architectures or [None])[0]
+    by_name = architecture == SEEING.get(family) != WRITING.get(family)
+    seeing = "AutoModelForImageTextToText" in named or by_name or (family in SEEING and family not in WRITING)
     return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
 
 
@@ -163,6 +175,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint. Raises ShortcutError where the folder has none that transformers reads."""
     from transformers import AutoTokenizer
 
+    trust_remote_code = trusts(folder, trust_remote_code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:

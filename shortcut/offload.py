@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortcut.live import Model, blocks_path, build_empty, load_model, pick_device, pick_dtype
+from shortcut.live import Model, blocks_path, build_empty, load_model, pick_device, pick_dtype, trusts
 from shortcut.progress import say
 from shortcut.text import format_size
 
@@ -27,7 +27,7 @@ def load_offloaded(folder: Path, config: Mapping[str, Any], *, scratch: Path, **
     config: the content of its config.json; scratch: a folder for weights that have to be converted. loading: as for
     `load_model`. Raises ShortcutError as `load_model` and `blocks_path` do.
     """
-    own_code = loading["trust_remote_code"] and "auto_map" in config
+    own_code = "auto_map" in config and trusts(folder, trust_remote_code=loading["trust_remote_code"])
     empty = build_empty(config, folder if own_code else None)
     path = blocks_path(empty)
     places: dict[str, Any] = {f"{path}.{number}": "disk" for number in range(len(empty.get_submodule(path)))}

@@ -144,7 +144,7 @@ def _describe(folder: Path, report: PruneReport) -> None:
     if report.scores is not None:
         write_text(folder / "scores.json", format_scores(report.scores))
         if picture:
-            draw_scores(report.scores, folder / "scores.png", plan.dropped)
+            draw_scores(report.scores, folder / "scores.png", plan.actions)
     write_text(folder / "README.md", format_card(plan, report.cut, report.check, picture=picture))
 
 

@@ -13,7 +13,7 @@ import shortcut
 PACKAGE = Path(shortcut.__file__).parent
 FLOORS = [
     {"errors", "text", "processes", "arguments", "option_help", "presets"},
-    {"progress"},
+    {"progress", "modeling"},
     {"records", "anatomy", "live"},
     {"offload", "branches"},
     {"decoder"},

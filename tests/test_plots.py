@@ -2,6 +2,7 @@
 
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,9 @@ def make_scores(**metrics):
     return Scores(Base("org/a_$model$", None, 6), 600, (100,) * 6, metrics, calibration, {})
 
 
-def draw(path, scores, dropped=()):
+def draw(path, scores, dropped=(), action="drop"):
     """Draw and return the picture's bytes, width and height."""
-    draw_scores(scores, path, dropped)
+    draw_scores(scores, path, [action if block in dropped else "keep" for block in range(6)])
     picture = path.read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     return picture, *struct.unpack(">II", picture[16:24])
@@ -42,6 +43,14 @@ def test_the_picture_grows_with_the_metrics(tmp_path):
 def test_dropped_blocks_are_seen(tmp_path, metrics):
     sets = [(), (3,), (3, 4), (2, 4, 5)]
     assert len({draw(tmp_path / "a.png", make_scores(**metrics), dropped)[0] for dropped in sets}) == len(sets)
+
+
+def test_halves_have_panels_of_their_own(tmp_path):
+    """Each of them marks the blocks that lose that half, and so does a dropped block."""
+    halves = {"mlp-only": {"one": BLOCKS}, "attention-only": {"one": BLOCKS}}
+    scores = replace(make_scores(), halves=halves)
+    kinds = [draw(tmp_path / "a.png", scores, (2,), action)[0] for action in ("keep", "drop", "mlp-only")]
+    assert len(set(kinds)) == 3
 
 
 @pytest.mark.parametrize(("name", "reason"), [("a.svg", "has to be a .png file"), ("gone/a.png", "there is no folder")])

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 BLOCKS = "model.layers"
-# The modules that only one half of a block uses, and how many values each of them returns; 0 is a tensor alone.
+# The modules that only one half of a block uses, and how many values each of them returns; 0 is a tensor alone. Where
+# blocks differ, by the class of the module.
 HALVES = {
     "attention": {"self_attn": 2, "input_layernorm": 0},
     "mlp": {"mlp": 0, "post_attention_layernorm": 0},
@@ -27,9 +28,10 @@ for name, native in (("hollow_llama", "llama"), ("HollowLlamaForCausalLM", "Llam
 class Nothing(nn.Module):
     """Stands where a module was, and adds nothing to the stream."""
 
-    def __init__(self, module: nn.Module, values: int) -> None:
+    def __init__(self, module: nn.Module, values: int | dict[str, int]) -> None:
         super().__init__()
-        self.signature, self.values = inspect.signature(module.forward), values
+        self.signature = inspect.signature(module.forward)
+        self.values = values[type(module).__name__] if isinstance(values, dict) else values
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
@@ -39,7 +41,7 @@ class Nothing(nn.Module):
 
 
 class HollowLlamaConfig(LlamaConfig):
-    """As the native one. The type is another, so that nothing loads a hollow checkpoint and fills the gaps at random."""
+    """As the native one, but for the type: with that one, missing modules would be filled at random."""
 
     model_type = "hollow_llama"
 

@@ -24,7 +24,8 @@ class Hollowing:
     """How an architecture becomes hollow. family: its model_type; config: its config class; auto: the auto class.
 
     blocks: the path to the list of blocks inside the model; attention, mlp: the modules of a block that only this half
-    uses, and how many values each returns, 0 being a tensor alone; kept: those that stay with either.
+    uses, and how many values each returns, 0 being a tensor alone; by its class where that differs. kept: those that
+    stay with either.
     """
 
     architecture: str
@@ -32,8 +33,8 @@ class Hollowing:
     config: str
     auto: str
     blocks: str
-    attention: Mapping[str, int]
-    mlp: Mapping[str, int]
+    attention: Mapping[str, int | Mapping[str, int]]
+    mlp: Mapping[str, int | Mapping[str, int]]
     kept: tuple[str, ...]
 
     def half_of(self, rest: str, part: str) -> Literal["attention", "mlp"] | None:

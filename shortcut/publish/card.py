@@ -7,6 +7,7 @@ import yaml
 
 from shortcut import __version__
 from shortcut.checking.verify import CheckReport
+from shortcut.records.actions import Action
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import Plan
 from shortcut.surgery.cut import CutReport
@@ -19,8 +20,8 @@ _CARD = """\
 
 # {name}, {kept} of {depth} blocks
 
-Blocks {dropped} of {name}, counted from 0, are deleted, {rule}. Every remaining tensor is byte for byte the base's;
-nothing was trained.
+Of the blocks of {name}, counted from 0, {gone}; {rule}. Every remaining tensor is byte for byte the
+base's; nothing was trained.
 
 ```
 {table}
@@ -31,12 +32,19 @@ Perplexity on {text}.
 {picture}```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/or/id/of/this/model")
+model = AutoModelForCausalLM.from_pretrained("path/or/id/of/this/model"{trust})
 tokenizer = AutoTokenizer.from_pretrained("path/or/id/of/this/model")
 ```
 
 Made by shortcut {version}; `plan.yaml` and `shortcut.json` say how.
 """
+
+
+_GONE: dict[Action, str] = {
+    "drop": "{} are deleted",
+    "attention-only": "{} have lost their MLP (`attention-only`)",
+    "mlp-only": "{} have lost their attention (`mlp-only`)",
+}
 
 
 def format_card(plan: Plan, cut: CutReport, check: CheckReport, *, picture: bool) -> str:
@@ -54,12 +62,14 @@ def format_card(plan: Plan, cut: CutReport, check: CheckReport, *, picture: bool
     ]
     why = plan.why
     rule = f"chosen as `{why['select']}`" if "select" in why else "chosen by hand"
+    gone = [text.format(format_blocks(plan.blocks(action))) for action, text in _GONE.items() if plan.blocks(action)]
     return _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
         name=name,
         kept=len(plan.kept),
         depth=plan.base.blocks,
-        dropped=format_blocks(plan.dropped),
+        gone=" and ".join(gone),
+        trust=", trust_remote_code=True" if plan.hollow else "",
         rule=rule + (f" by the metric `{why['metric']}`" if "metric" in why else ""),
         table=format_table(["", "base", "shortened"], rows),
         text=check.text,

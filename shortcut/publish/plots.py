@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shortcut.errors import ShortcutError
+from shortcut.records.actions import GONE, Action
 from shortcut.records.scores import Scores
 from shortcut.scoring.metrics import METRICS
 
@@ -27,17 +28,24 @@ RUINED = 20  # times the whole model's perplexity, beyond which differences are 
 LOG_FROM = 10  # the largest score over the smallest, from which on a linear axis would hide the small ones
 
 
-def draw_scores(scores: Scores, path: Path, dropped: Sequence[int] = ()) -> None:
-    """Write one PNG with a panel per metric and the dropped blocks marked; raises ShortcutError where it cannot."""
+def draw_scores(scores: Scores, path: Path, actions: Sequence[Action] = ()) -> None:
+    """Write one PNG with a panel per metric and what may go; raises ShortcutError where it cannot.
+
+    actions: what is done to every block; those that lose what a panel scores are marked.
+    """
     rows = _arrange(scores)
     columns = max(map(len, rows))
-    heights = [MAP_HEIGHT if _is_map(scores, row[0]) else BARS_HEIGHT for row in rows]
+    heights = [MAP_HEIGHT if _is_map(scores, *row[0]) else BARS_HEIGHT for row in rows]
     figure = _start_figure(path, WIDTH * columns, sum(heights) + 0.4, _describe(scores))
     grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
     for place, row in enumerate(rows):
-        for column, name in enumerate(row):
+        for column, (name, action) in enumerate(row):
             axes = figure.add_subplot(grid[place, column if len(row) == columns else slice(None)])
-            (_draw_map if _is_map(scores, name) else _draw_bars)(axes, scores, name, set(dropped))
+            gone = {block for block, own in enumerate(actions) if GONE[action] <= GONE[own]}
+            if _is_map(scores, name, action):
+                _draw_map(axes, scores, name, gone)
+            else:
+                _draw_bars(axes, scores, name, action, gone)
     _save(figure, path)
 
 
@@ -103,15 +111,17 @@ def _save(figure: "Figure", path: Path) -> None:
         raise ShortcutError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _is_map(scores: Scores, name: str) -> bool:
-    return isinstance(scores.metrics[name][0], tuple)
+def _is_map(scores: Scores, name: str, action: Action) -> bool:
+    return action == "drop" and isinstance(scores.metrics[name][0], tuple)
 
 
-def _arrange(scores: Scores) -> list[list[str]]:
+def _arrange(scores: Scores) -> list[list[tuple[str, Action]]]:
     """Metrics in rows of at most two, bar charts before heat maps; one in a row has its whole width."""
-    groups = [[name for name in scores.metrics if _is_map(scores, name) is kind] for kind in (False, True)]
+    panels: list[tuple[str, Action]] = [(name, "drop") for name in scores.metrics]
+    panels += [(name, action) for action in scores.halves for name in scores.names]
+    groups = [[panel for panel in panels if _is_map(scores, *panel) is kind] for kind in (False, True)]
     columns = min(2, max(map(len, groups)))
-    return [names[i : i + columns] for names in groups for i in range(0, len(names), columns)]
+    return [group[i : i + columns] for group in groups for i in range(0, len(group), columns)]
 
 
 def _describe(scores: Scores) -> str:
@@ -124,10 +134,10 @@ def _describe(scores: Scores) -> str:
     return f"{model}  ·  calibration: {calibration}" if calibration else model
 
 
-def _draw_bars(axes: "Axes", scores: Scores, name: str, dropped: set[int]) -> None:
+def _draw_bars(axes: "Axes", scores: Scores, name: str, action: Action, gone: set[int]) -> None:
     from matplotlib.ticker import LogLocator
 
-    values = np.array(scores.of_blocks(name))
+    values = np.array(scores.of_blocks(name, action))
     label = f"score: {METRICS[name].formula}" if name in METRICS else "score"
     positive = values[values > 0]
     ratio = positive.max() / positive.min() if positive.size else 1
@@ -137,14 +147,15 @@ def _draw_bars(axes: "Axes", scores: Scores, name: str, dropped: set[int]) -> No
         axes.set_ylim(positive.min() / 1.5, positive.max() * 1.3)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1000 else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
-    _style(axes, name, "block", label)
+    title = {"attention-only": f"{name}, MLPs", "mlp-only": f"{name}, attentions"}.get(action, name)
+    _style(axes, title, "block", label)
     _count_on(axes.xaxis)
     axes.grid(axis="y", color=PALE, linewidth=0.8)
     for legend, color, chosen in (("kept", KEPT, False), ("dropped", DROPPED, True)):
-        blocks = [block for block in range(len(values)) if (block in dropped) is chosen]
+        blocks = [block for block in range(len(values)) if (block in gone) is chosen]
         axes.bar(blocks, values[blocks], 0.8, color=color, label=legend)
     axes.set_xlim(-0.7, len(values) - 0.3)
-    if dropped:
+    if gone:
         _add_legend(axes)
 
 

@@ -16,11 +16,13 @@ from typing import Any
 from shortcut import __version__
 from shortcut.anatomy import fused_axis
 from shortcut.errors import ShortcutError
+from shortcut.modeling.hollowing import has_own_code
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import FORMAT, Plan
 from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint, read_json
 from shortcut.surgery.config import check_family, cut_config, is_plain
 from shortcut.surgery.families import is_proven
+from shortcut.surgery.hollow import gone_by_half, hollow_config, write_modeling_file
 from shortcut.surgery.numbering import (
     QUANTISATION_FIELDS,
     QUANTISATION_FILES,
@@ -81,8 +83,9 @@ class CutReport:
         return "\n".join(
             [
                 f"{verb} {self.out}",
-                f"drops  {format_blocks(plan.dropped)}",
+                f"drops  {plan.described}",
                 f"keeps  {format_blocks(plan.kept)} ({len(plan.kept)} of {plan.base.blocks} blocks)",
+                *(["loads with trust_remote_code=True, for the modeling file in it"] if plan.hollow else []),
                 f"parameters {format_count(self.parameters_before)} -> {format_count(self.parameters_after)}, "
                 f"bytes {format_size(self.bytes_before)} -> {format_size(self.bytes_after)}",
                 *(f"{format_size(size):>9}  {name}" for name, size in self.files),
@@ -122,13 +125,13 @@ def shorten_config(
     family, own_code = str(checkpoint.config.get("model_type")), "auto_map" in checkpoint.config
     if no_guard and (own_code or not is_proven(family)):
         raise ShortcutError(f"--no-guard is for families that were proven exact, and {family} is not one of them")
-    if plan.dropped and own_code and not trust_remote_code:
+    if plan.changes and own_code and not trust_remote_code and not has_own_code(checkpoint.folder, checkpoint.config):
         check_family(checkpoint.config)
         raise ShortcutError(f"{checkpoint.name} comes with code of its own: --trust-remote-code lets the guard run it")
     code = checkpoint.folder if own_code else None
     config = cut_config(checkpoint.config, checkpoint.anatomy, plan.kept, code)
     if not plan.dropped:
-        return config
+        return hollow_config(config, checkpoint, plan)
     for part in (config, *(config[key] for key in checkpoint.anatomy.config_path)):
         for field in QUANTISATION_FIELDS:
             if isinstance(part.get(field), dict):
@@ -137,7 +140,7 @@ def shorten_config(
         from shortcut.surgery.guard import guard
 
         guard(checkpoint, config, plan.kept, code)
-    return config
+    return hollow_config(config, checkpoint, plan)
 
 
 def carry_over(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[str, Tensor]]:
@@ -149,15 +152,16 @@ def carry_over(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[str, Tenso
     if checkpoint.anatomy.depth != plan.base.blocks:
         here = f"{checkpoint.name} has {checkpoint.anatomy.depth}"
         raise ShortcutError(f"the plan is for {plan.base.blocks} blocks and {here}")
+    gone = gone_by_half(checkpoint, plan)
     if not plan.dropped:
-        return {name: (name, tensor) for name, tensor in checkpoint.tensors.items()}
+        return {name: (name, tensor) for name, tensor in checkpoint.tensors.items() if name not in gone}
     numbers = {old: new for new, old in enumerate(plan.kept)}
     staying = {}
     for name, tensor in checkpoint.tensors.items():
         where = checkpoint.anatomy.split(name)
         if where is None and not _is_extra_head(checkpoint, name):
             staying[name] = (name, _kept_parts(checkpoint, plan, tensor))
-        elif where is not None and where[0] in numbers:
+        elif where is not None and where[0] in numbers and name not in gone:
             staying[name] = (checkpoint.anatomy.join(numbers[where[0]], where[1]), tensor)
     return staying
 
@@ -239,6 +243,8 @@ def write_checkpoint(
     copy_side_files(checkpoint.folder, folder)
     for path in (folder / name for name in QUANTISATION_FILES if plan.dropped and (folder / name).exists()):
         write_json(path, renumber_settings(read_json(path), checkpoint.anatomy, plan.kept, checkpoint.tensors))
+    if plan.hollow:
+        write_modeling_file(folder, checkpoint.config)
     write_json(folder / RECORD, _record(checkpoint, plan))
     write_json(folder / "config.json", config)
     result = read_checkpoint(folder)
