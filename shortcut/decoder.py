@@ -38,6 +38,10 @@ class Batch:
     ids: Tensor
     mask: Tensor
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        return Batch(self.ids.to(device), self.mask.to(device))
+
 
 @dataclass(frozen=True)
 class Decoder:

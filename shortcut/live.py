@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -65,14 +65,14 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
-    places: Mapping[str, Any] | None = None,
+    places: Mapping[str, Any] | Literal["auto"] | None = None,
     scratch: Path | None = None,
 ) -> Model:
     """Load a checkpoint with plain `from_pretrained`, in evaluation mode, on one device.
 
-    places: where its parts go instead, "disk" being where they are; scratch: a folder for those that have to be
-    converted then. Raises ShortcutError where any weight is missing, unexpected or of another shape: transformers
-    itself only logs that, and goes on with random numbers.
+    places: where its parts go instead, "disk" being where they are, and "auto" spreading them over all GPUs; scratch: a
+    folder for those that have to be converted. Raises ShortcutError where any weight is missing, unexpected or of
+    another shape: transformers itself only logs that, and goes on with random numbers.
     """
     import transformers
 
@@ -80,7 +80,7 @@ def load_model(
     transformers.utils.logging.set_verbosity_error()
     where, trust_remote_code = pick_device(device), trusts(folder, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": pick_dtype(dtype, where), "trust_remote_code": trust_remote_code}
-    options |= {"device_map": dict(places or {"": where}), "offload_folder": scratch}
+    options |= {"device_map": places or {"": where}, "offload_folder": scratch}
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shortcut.live import Model, blocks_path, build_empty, load_model, pick_device, pick_dtype, trusts
+from shortcut.processes import are_several
 from shortcut.progress import say
 from shortcut.text import format_size
 
@@ -118,19 +119,26 @@ def resident(block: nn.Module) -> Iterator[None]:
 def open_live(
     folder: Path, config: Mapping[str, Any], parameters: int, *, offload: bool, quiet: bool, **loading: Any
 ) -> Iterator[Model]:
-    """Load a checkpoint for the length of a `with` block; with its blocks on the disk where memory is too small.
+    """Load a checkpoint for the length of a `with` block.
 
+    Where one GPU is too small it is spread over all of them, and where they are too, its blocks stay on the disk.
     config: the content of its config.json; parameters: how many it has; offload: leave them there in any case.
     loading: as for `load_model`, which says what is raised.
     """
     device = pick_device(loading["device"])
     dtype = pick_dtype(loading["dtype"], device)
     size = parameters * (dtype.itemsize if isinstance(dtype, torch.dtype) else 2)
+    several = loading["device"] == "auto" and device.type == "cuda" and not are_several()
+    gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())] if several else [device]
+    room = sum(map(free_memory, gpus))
     with TemporaryDirectory(prefix="shortcut-") as scratch:
-        if offload or size > free_memory(device):
-            room = f"{format_size(size)} of weights, {format_size(free_memory(device))} free"
-            say(f"blocks stay on the disk until they run ({room})", quiet=quiet)
+        if offload or size > room:
+            sizes = f"{format_size(size)} of weights, {format_size(room)} free"
+            say(f"blocks stay on the disk until they run ({sizes})", quiet=quiet)
             yield load_offloaded(folder, config, scratch=Path(scratch), **loading)
+        elif size > free_memory(device):
+            say(f"{format_size(size)} of weights are spread over {len(gpus)} GPUs", quiet=quiet)
+            yield load_model(folder, **loading, places="auto")
         else:
             yield load_model(folder, **loading)
 

@@ -116,13 +116,13 @@ def _only_asked_for(decoder: Decoder) -> Iterator[None]:
 
 def _loss_gradient(decoder: Decoder, batch: Batch, final: Tensor, total: int) -> Tensor:
     """Gradient of the loss with respect to the states behind the last block: (batch, tokens, width)."""
-    gradient = torch.zeros_like(final)
+    gradient, batch = torch.zeros_like(final), batch.to(final.device)
     all_rows, all_places = batch.mask[:, 1:].nonzero(as_tuple=True)
     for start in range(0, len(all_rows), ROWS_AT_ONCE):
         rows, places = all_rows[start : start + ROWS_AT_ONCE], all_places[start : start + ROWS_AT_ONCE]
         with torch.enable_grad():
             states = final[rows, places].requires_grad_()
-            loss = -decoder.predict(states).gather(1, batch.ids[rows, places + 1, None]).sum() / total
+            loss = -decoder.predict(states).to(final.device).gather(1, batch.ids[rows, places + 1, None]).sum() / total
             (gradient[rows, places],) = torch.autograd.grad(loss, [states])
     return gradient
 
@@ -137,6 +137,7 @@ def _backward(
             weight.requires_grad_()
         before = before.detach().requires_grad_()
         after = decoder.run(number, before, call)
+        upstream = upstream.to(after.device)
         own, *gradients = torch.autograd.grad(after, [before, *weights], upstream, allow_unused=True)
         for weight in weights:
             weight.requires_grad_(False)

@@ -61,8 +61,8 @@ def _keep(decoder: Decoder, batch: Batch, points: Sequence[Store[int]], number: 
     """Walk with one batch and keep the states of its real tokens before and after every block."""
     for step in walk(decoder, batch):
         if step.block == 0:
-            points[0][number] = step.before[batch.mask]
-        after = step.after[batch.mask]
+            points[0][number] = step.before[batch.mask.to(step.before.device)].to(batch.ids.device)
+        after = step.after[batch.mask.to(step.after.device)].to(batch.ids.device)
         check_finite(after.float(), f"block {step.block}", after.dtype)
         points[step.block + 1][number] = after
         yield

@@ -38,20 +38,21 @@ def add_batch(
     )
     ablated: Store[Move] | None = Store(budget) if of_logits else None
     points: Store[int] = Store(budget)  # between the blocks
-    rows = _union(of_spans, batch)
     for step in walk(decoder, batch, ablated=ablated, allow=allow, done=done):
         if of_steps or of_spans or decoder.fault is None:
             _check_states(step, batch)
-        _add_step(step, batch, of_steps, sums)
+        here = batch.to(step.after.device)
+        _add_step(step, here, of_steps, sums)
         if of_spans:
-            _add_halves(step, batch, of_spans, sums)
+            rows = _union(of_spans, here)
+            _add_halves(step, here, of_spans, sums)
             points.setdefault(0, step.before[rows])
             points[len(points)] = step.after[rows]
         yield
     if of_spans:
-        _add_spans(
-            [*points.values()], {metric.name: weights(metric, batch)[rows] for metric in of_spans}, of_spans, sums
-        )
+        kept = [point.to(batch.ids.device) for point in points.values()]
+        counts = {metric.name: weights(metric, batch)[_union(of_spans, batch)] for metric in of_spans}
+        _add_spans(kept, counts, of_spans, sums)
     if ablated is not None:
         untouched: dict[Move, Tensor] = {}
         if done:
@@ -93,7 +94,7 @@ def _check_states(step: Step, batch: Batch) -> None:
     shape = tuple(step.after.shape)
     if shape[:2] != batch.ids.shape:
         raise ShortcutError(f"the states between blocks are {shape}, not (batch, tokens, width): use kl or perplexity")
-    check_finite(step.after[batch.mask].float(), f"block {step.block}", step.after.dtype)
+    check_finite(step.after[batch.mask.to(step.after.device)].float(), f"block {step.block}", step.after.dtype)
 
 
 def _add_step(step: Step, batch: Batch, metrics: Sequence[Metric], sums: Sums) -> None:
@@ -135,17 +136,18 @@ def _add_ablations(
     sums: Sums,
 ) -> None:
     """whole: states behind the last block of the whole model, (batch, tokens, width); ablated: those after moves."""
+    batch = batch.to(whole.device)
     rows = _union(metrics, batch)
     targets = batch.ids.roll(-1, dims=1)[rows]
     counts = {metric.name: weights(metric, batch)[rows] for metric in metrics}
     room = max(1, LOGITS_AT_ONCE // decoder.vocabulary)
     for start in range(0, len(targets), room):
         chunk = slice(start, start + room)
-        base = decoder.predict(whole[rows][chunk])
+        base = decoder.predict(whole[rows][chunk]).to(whole.device)
         for move in ablated:
             block, action = move
             states = ablated[move]
-            without = base if states is whole else decoder.predict(states[rows][chunk])
+            without = base if states is whole else decoder.predict(states[rows][chunk]).to(whole.device)
             check_finite(without, f"the model without block {block}", states.dtype)
             for metric in metrics:
                 count = counts[metric.name][chunk]

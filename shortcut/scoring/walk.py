@@ -69,6 +69,7 @@ def walk(
     for number in running(decoder, done):
         own, call = done.get(number, "keep"), calls[1][number]
         after = decoder.run(number, hidden, call, own)
+        hidden = hidden.to(after.device)  # a model may be spread over several
         if ablated is not None:
             for group in _groups(list(ablated), room):
                 copies = len(group)
