@@ -16,6 +16,7 @@ from shortcut.live import (
     LOADING_ERRORS,
     Model,
     decode,
+    device_of,
     find_blocks,
     forwards_replaced,
     hidden_input,
@@ -152,6 +153,11 @@ class Decoder:
             return list(self.blocks[number].parameters())
         return [weight for half in GONE[action] for weight in self.branches(number).parameters(half)]
 
+    @property
+    def head(self) -> nn.Module:
+        """The module that is best kept resident while predictions are made."""
+        return self.model.get_output_embeddings() or self.model
+
     def predict(self, states: Tensor) -> Tensor:
         """Log probabilities of the next token after the states of the last block: (n, width) -> (n, vocabulary).
 
@@ -164,12 +170,12 @@ class Decoder:
         def stand_in(number: int) -> Callable[..., Any]:
             return lambda *_, **__: self.forms[number](states[:, None])
 
-        ids = torch.zeros(len(states), 1, dtype=torch.long, device=self.model.device)
+        ids = torch.zeros(len(states), 1, dtype=torch.long, device=device_of(self.model))
         with forwards_replaced({block: stand_in(number) for number, block in enumerate(self.blocks)}):
             logits = self.model(input_ids=ids, use_cache=False).logits
         return torch.log_softmax(logits[:, 0].float(), dim=-1)
 
 
 def _probe(model: Model) -> Batch:
-    ids = torch.arange(PROBE, device=model.device)[None]
+    ids = torch.arange(PROBE, device=device_of(model))[None]
     return Batch(ids, torch.ones_like(ids, dtype=torch.bool))

@@ -187,6 +187,11 @@ def find_blocks(model: Model) -> nn.ModuleList:
     return model.get_submodule(blocks_path(model))
 
 
+def device_of(model: Model) -> torch.device:
+    """Where token ids go in; weights that are on the disk do not count."""
+    return next(weight.device for weight in model.parameters() if not weight.is_meta)
+
+
 def blocks_path(model: Model) -> str:
     """The name of the list of decoder blocks inside a live transformers model.
 
@@ -243,10 +248,10 @@ def output_forms(model: Model, ids: Tensor | None = None) -> tuple[list[Callable
         forms[block] = lambda hidden: hidden if extra is None else (hidden, *[None] * extra)
 
     blocks = find_blocks(model)
-    ids = torch.zeros(1, 1, dtype=torch.long) if ids is None else ids
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device_of(model)) if ids is None else ids
     with ExitStack() as stack:
         for block in blocks:
             stack.callback(block.register_forward_hook(learn).remove)
         with torch.no_grad():
-            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+            logits = model(input_ids=ids, use_cache=False).logits
     return [forms[block] for block in blocks], logits

@@ -1,7 +1,7 @@
 """Models larger than memory: the weights of a block are read from its files when it runs, and released after.
 
-transformers loads everything but the blocks, and accelerate knows where each weight of a block is; from then on a block
-fetches its own weights before it is called and drops them when it returns. Where many calls follow each other,
+transformers loads everything but blocks and embeddings, and accelerate knows where each of their weights is; from then
+on each fetches its own weights before it is called and drops them when it returns. Where many calls follow each other,
 `resident` keeps them in between.
 """
 
@@ -23,7 +23,7 @@ from shortcut.text import format_size
 
 
 def load_offloaded(folder: Path, config: Mapping[str, Any], *, scratch: Path, **loading: Any) -> Model:
-    """Load a checkpoint as `load_model` does, but for its blocks, which stay on the disk.
+    """Load a checkpoint as `load_model` does, but for its blocks and embeddings, which stay on the disk.
 
     config: the content of its config.json; scratch: a folder for weights that have to be converted. loading: as for
     `load_model`. Raises ShortcutError as `load_model` and `blocks_path` do.
@@ -33,12 +33,22 @@ def load_offloaded(folder: Path, config: Mapping[str, Any], *, scratch: Path, **
     path = blocks_path(empty)
     places: dict[str, Any] = {f"{path}.{number}": "disk" for number in range(len(empty.get_submodule(path)))}
     places |= dict.fromkeys(_outside(empty, path), str(pick_device(loading["device"])))
+    tables = _vocabulary_tables(empty)
+    places |= dict.fromkeys(tables, "disk")
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is meant
     model = load_model(folder, **loading, places=places, scratch=scratch)
     pool: dict[Any, list[Tensor]] = {}
-    for block in model.get_submodule(path):
-        _Resident(block, pool)
+    for module in (*model.get_submodule(path), *map(model.get_submodule, tables)):
+        _Resident(module, pool)
     return model
+
+
+def _vocabulary_tables(model: Model) -> list[str]:
+    """The names of embedding and vocabulary projection, where each has weights of its own."""
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    if first is None or last is None or first.weight is last.weight:
+        return []
+    return [name for name, module in model.named_modules() if module in (first, last)]
 
 
 def _outside(model: nn.Module, path: str) -> list[str]:
@@ -54,9 +64,9 @@ def _outside(model: nn.Module, path: str) -> list[str]:
 
 
 class _Resident:
-    """The weights of one block: on the disk, or in memory while it is held or runs.
+    """The weights of one module: on the disk, or in memory while it is held or runs.
 
-    pool: memory that blocks hand on to each other. Freed instead, it would stay with the process in pieces.
+    pool: memory that modules hand on to each other. Freed instead, it would stay with the process in pieces.
     """
 
     def __init__(self, block: Any, pool: dict[Any, list[Tensor]]) -> None:
@@ -102,9 +112,9 @@ class _Resident:
 
 
 @contextmanager
-def resident(block: nn.Module) -> Iterator[None]:
-    """Keep the weights of a block in memory for the length of a `with` block; nothing happens where they always are."""
-    keeper = getattr(block, "_shortcut_resident", None)
+def resident(module: nn.Module) -> Iterator[None]:
+    """Keep the weights of a module in memory for the length of a `with` block, where they are not always there."""
+    keeper = getattr(module, "_shortcut_resident", None)
     if keeper is None:
         yield
         return

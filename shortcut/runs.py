@@ -70,13 +70,15 @@ def make_scores(
     as `score_blocks` does.
     """
     from shortcut.decoder import Decoder
+    from shortcut.live import device_of
     from shortcut.scoring.blocks import score_blocks
     from shortcut.scoring.calibration import make_batches
     from shortcut.scoring.greedy import remove_greedily
     from shortcut.scoring.partial import Partials
 
-    batches = make_batches(calibration, batch_size, live.device)
-    settings = {"device": str(live.device), "dtype": str(live.dtype).removeprefix("torch."), "batch_size": batch_size}
+    device = device_of(live)
+    batches = make_batches(calibration, batch_size, device)
+    settings = {"device": str(device), "dtype": str(live.dtype).removeprefix("torch."), "batch_size": batch_size}
     settings["average"] = metrics[0].average
     partials = Partials({**settings, **identify(checkpoint), "calibration": calibration.hash, "part": own_part()})
     decoder, sizes, total = Decoder.of(live), checkpoint.block_parameters, checkpoint.parameters

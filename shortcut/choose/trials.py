@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from shortcut.checking.perplexity import perplexity
-from shortcut.live import Model
+from shortcut.live import Model, device_of
 from shortcut.progress import track
 from shortcut.records.actions import Action
 from shortcut.records.plan import Plan
@@ -81,7 +81,7 @@ def try_plans(
 
     scores: of this model, by which the plans were made.
     """
-    batches = make_batches(text, batch_size, model.device)
+    batches = make_batches(text, batch_size, device_of(model))
     whole = Plan.dropping(scores.base, ())
     known: dict[tuple[Action, ...], float] = {}
     for plan in track((whole, *plans), "trying plans", quiet=quiet):

@@ -8,6 +8,7 @@ import torch
 
 from shortcut.decoder import Batch, Decoder
 from shortcut.errors import ShortcutError
+from shortcut.live import device_of
 from shortcut.offload import free_memory, is_offloaded
 from shortcut.processes import add_up, share
 from shortcut.progress import track
@@ -21,7 +22,7 @@ from shortcut.scoring.store import Budget
 from shortcut.scoring.sums import add_batch, key, weights
 from shortcut.scoring.walk import NOTHING, run_together
 
-STATES_IN_MEMORY = 1 << 28  # bytes of hidden states, where the blocks are on the disk; the others go there too
+STATES_IN_MEMORY = 1 << 27  # bytes of hidden states, where the blocks are on the disk; the others go there too
 
 
 def score_blocks(
@@ -83,7 +84,7 @@ def score_walked(
     groups = [own] if together else [[batch] for batch in own]
     kept = partials.of(metrics, allow, done) if partials else None
     start = kept.restore(sums) if kept else 0
-    room = STATES_IN_MEMORY if together else free_memory(decoder.model.device) // 2
+    room = STATES_IN_MEMORY if together else free_memory(device_of(decoder.model)) // 2
     for number, group in enumerate(track(groups[start:], "scoring", quiet=quiet), start + 1):
         with TemporaryDirectory(prefix="shortcut-") as folder:
             budget = Budget(room, Path(folder))

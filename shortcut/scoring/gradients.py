@@ -73,7 +73,9 @@ def _gradients(
         kept: list[list[Tensor]] = [[] for _ in batches]
         run_together(decoder, [_keep_states(decoder, *pair) for pair in zip(batches, kept, strict=True)])
         calls = [decoder.calls(batch) for batch in batches]
-        upstream = [_loss_gradient(decoder, b, states.pop(), total) for b, states in zip(batches, kept, strict=True)]
+        pairs = zip(batches, kept, strict=True)
+        with resident(decoder.head):
+            upstream = [_loss_gradient(decoder, batch, states.pop(), total) for batch, states in pairs]
         for number in track(range(len(decoder.blocks) - 1, -1, -1), "gradients", quiet=quiet):
             with resident(decoder.blocks[number]):
                 weights = _weights(decoder.blocks[number])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shortcut.decoder import Batch, Decoder
 from shortcut.errors import ShortcutError
+from shortcut.live import device_of
 from shortcut.offload import free_memory, is_offloaded
 from shortcut.processes import add_up, share
 from shortcut.progress import track
@@ -32,7 +33,7 @@ def score_pairs(
     decoder.check_alone(metrics[0].name)
     depth, tokens = len(decoder.blocks), sum(int(batch.mask.sum()) for batch in batches)
     with TemporaryDirectory(prefix="shortcut-") as folder:
-        budget = Budget(free_memory(decoder.model.device) // 4, Path(folder))
+        budget = Budget(free_memory(device_of(decoder.model)) // 4, Path(folder))
         points: list[Store[int]] = [Store(budget) for _ in range(depth + 1)]
         runs = [_keep(decoder, batch, points, number) for number, batch in enumerate(batches)]
         for group in [runs] if is_offloaded(decoder.model) else [[run] for run in runs]:

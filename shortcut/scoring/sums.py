@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shortcut.decoder import Batch, Decoder
 from shortcut.errors import ShortcutError
+from shortcut.offload import resident
 from shortcut.records.actions import Action, Move
 from shortcut.scoring.metrics import Metric, cosine, pairwise_cosines
 from shortcut.scoring.store import Budget, Store
@@ -58,7 +59,8 @@ def add_batch(
         if done:
             list(walk(decoder, batch, ablated=untouched, allow=()))
         whole = untouched.get(AS_IT_IS, ablated[AS_IT_IS])
-        _add_ablations(decoder, batch, whole, ablated, of_logits, sums)
+        with resident(decoder.head):
+            _add_ablations(decoder, batch, whole, ablated, of_logits, sums)
 
 
 def chosen(metric: Metric, batch: Batch) -> Tensor:
