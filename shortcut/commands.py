@@ -4,6 +4,7 @@ Those that run a model are in `measure.py`. Every result prints as the command p
 plain data. Options are described once, in `option_help.py`. All raise ShortcutError for what the user can mend.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from shortcut.errors import ShortcutError
 from shortcut.presets import PresetName, with_presets
 from shortcut.progress import byte_bar
 from shortcut.records.actions import Action, parse_actions
-from shortcut.records.plan import Plan, format_plan, parse_moves, read_plan
+from shortcut.records.plan import LISTED, Format, Plan, format_plan, parse_moves, read_plan
 from shortcut.records.scores import Scores, read_scores
 from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import read_json
@@ -26,7 +27,7 @@ from shortcut.text import parse_size
 if TYPE_CHECKING:
     from shortcut.scoring.metrics import MetricList
 
-BY_HAND = "--drop (or --attention-only and --mlp-only)"
+BY_HAND = "--drop (or --attention-only, --mlp-only and --last-token)"
 
 
 def inspect(model: str | Path, *, revision: str | None = None, quiet: bool = False) -> Inspection:
@@ -46,6 +47,7 @@ def plan(
     drop: str | None = None,
     attention_only: str | None = None,
     mlp_only: str | None = None,
+    last_token: str | None = None,
     preset: PresetName | None = None,
     select: Select = "lowest",
     metric: str | None = None,
@@ -70,7 +72,7 @@ def plan(
         checkpoint = open_model(scores, revision, weights=False, quiet=quiet)
         known = None
     base = known.base if known else checkpoint.base
-    by_hand = given_moves(drop, attention_only, mlp_only)
+    by_hand = given_moves(drop, attention_only, mlp_only, last_token)
     if sum(map(bool, (count is not None, ratio is not None, by_hand))) != 1:
         raise ShortcutError(f"say what goes with one of --count, --ratio and {BY_HAND}")
     why: dict[str, Any] = {}
@@ -102,6 +104,8 @@ def cut(
     drop: str | None = None,
     attention_only: str | None = None,
     mlp_only: str | None = None,
+    last_token: str | None = None,
+    format: Format | None = None,  # noqa: A002  (the word on the command line)
     dry_run: bool = False,
     overwrite: bool = False,
     max_shard_size: str | None = None,
@@ -116,7 +120,7 @@ def cut(
     Works on the files alone: any size, any number type, a few megabytes of memory. Of a model on the Hub, only what
     stays is fetched. OUT is there whole or not at all.
     """
-    by_hand = given_moves(drop, attention_only, mlp_only)
+    by_hand = given_moves(drop, attention_only, mlp_only, last_token)
     if (plan is None) == (not by_hand):
         raise ShortcutError(f"say what goes with one of --plan and {BY_HAND}")
     checkpoint = open_model(model, revision, weights=False, quiet=quiet)
@@ -124,6 +128,8 @@ def cut(
         plan = Plan.of(checkpoint.base, parse_moves(by_hand, checkpoint.base.blocks))
     elif not isinstance(plan, Plan):
         plan = read_plan(Path(str(plan)))
+    if format is not None:
+        plan = replace(plan, format=format)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     check_target(Path(out), overwrite=overwrite, base=checkpoint.folder)
     report = report_cut(checkpoint, plan, Path(out), limit, written=not dry_run)
@@ -139,10 +145,9 @@ def cut(
     return report
 
 
-def given_moves(drop: str | None, attention_only: str | None, mlp_only: str | None) -> dict[Action, str]:
-    """The block lists that were given by hand, by action."""
-    lists: dict[Action, str | None] = {"drop": drop, "attention-only": attention_only, "mlp-only": mlp_only}
-    return {action: text for action, text in lists.items() if text is not None}
+def given_moves(*lists: str | None) -> dict[Action, str]:
+    """The block lists that were given by hand, by action; lists: as `LISTED` orders the actions."""
+    return {action: text for action, text in zip(LISTED, lists, strict=True) if text is not None}
 
 
 def families(*, quiet: bool = False) -> Families:  # noqa: ARG001  (every command can be told to be quiet)

@@ -11,7 +11,7 @@ from shortcut.presets import PresetName, with_presets
 from shortcut.progress import byte_bar, say
 from shortcut.records.actions import parse_actions
 from shortcut.records.blocks import format_blocks
-from shortcut.records.plan import format_plan
+from shortcut.records.plan import Format, format_plan
 from shortcut.records.scores import Average, Scores, format_scores
 from shortcut.scoring.documents import Source
 from shortcut.selection import Request, select_plan
@@ -62,6 +62,7 @@ def prune(
     drop: str | None = None,
     attention_only: str | None = None,
     mlp_only: str | None = None,
+    last_token: str | None = None,
     preset: PresetName | None = None,
     select: str = "lowest",
     metric: str = "block-influence",
@@ -81,6 +82,7 @@ def prune(
     heldout: str = "heldout",
     device: str = "auto",
     dtype: str = "auto",
+    format: Format = "custom",  # noqa: A002  (the word on the command line)
     overwrite: bool = False,
     max_shard_size: str | None = None,
     revision: str | None = None,
@@ -99,7 +101,7 @@ def prune(
 
     base, target = open_model(model, revision, quiet=quiet), Path(out)
     source = Source(data, split, column, chat_template)
-    by_hand, rules = commands.given_moves(drop, attention_only, mlp_only), parse_rules(select)
+    by_hand, rules = commands.given_moves(drop, attention_only, mlp_only, last_token), parse_rules(select)
     metrics, actions = pick_metrics(metric, average), parse_actions(allow)
     request = Request(count, ratio, by_hand, rules, metrics, actions, protect, candidates, preset)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
@@ -111,7 +113,7 @@ def prune(
     check_family(base.config)
     pick_dtype(dtype, pick_device(device))
     for plan in request.foresee(base):
-        report_cut(base, plan, target, limit, written=False)
+        report_cut(base, replace(plan, format=format), target, limit, written=False)
     fixed = text | {"length": min(length, HELDOUT_LENGTH), "seed": 0}
     unseen = runs.take_text(base, replace(source, data=heldout), HELDOUT_SAMPLES, **fixed)
 
@@ -119,6 +121,7 @@ def prune(
     plan, scores, trials = select_plan(
         base, request, source, samples, batch_size, text=text, loading=loading | {"offload": False}, quiet=quiet
     )
+    plan = replace(plan, format=format)
     cut = report_cut(base, plan, target, limit, written=True)
     config = shorten_config(base, plan, **trust)
     with staged(target, overwrite=overwrite, base=base.folder, size=cut.bytes_after) as folder:

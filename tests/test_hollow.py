@@ -220,3 +220,27 @@ def test_the_modeling_file_is_short_and_plain() -> None:
         assert len(hollowing.code.splitlines()) < 150
         assert name == "LlamaForCausalLM" or "LlamaForCausalLM" not in hollowing.code
         assert f"class Hollow{name}({name}):" in hollowing.code
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_zeroed_branches(family: str, checkpoint_of: Callable[..., Path], token_ids: Tensor, tmp_path: Path) -> None:
+    """--format zeroed loads with the native class anywhere, is as large as before, and gives the same logits."""
+    folder, actions = checkpoint_of(family), MIXTURES[0]
+    shortcut.prune(
+        folder,
+        tmp_path / "short",
+        drop="1",
+        mlp_only="0,4",
+        attention_only="3",
+        format="zeroed",
+        heldout="default",
+        length=32,
+        quiet=True,
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "short", attn_implementation="eager").eval()
+    base = load_model(folder)
+    with carried_out(base, family, actions):
+        torch.testing.assert_close(logits(model, token_ids), logits(base, token_ids), rtol=0, atol=1e-5)
+        assert torch.equal(greedy(model, token_ids), greedy(base, token_ids))
+    assert shortcut.check(tmp_path / "short", quiet=True, length=32).logit_difference is not None
+    assert not (tmp_path / "short" / "modeling_hollow.py").exists()

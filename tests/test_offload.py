@@ -46,7 +46,7 @@ def open_on_disk(folder: Path) -> Any:
 def test_scores_are_those_of_a_model_in_memory(
     family: str, sharded: bool, checkpoint_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every metric, and what greedy removes; also where hidden states go to files. Memory lies otherwise, which rounds."""
+    """Every metric, and what greedy removes; also where hidden states go to files. Rounding may differ."""
     folder = checkpoint_of(family, sharded=sharded)
     calibration, metrics = sequences_of(9, 5, 7), ALL
     whole = load_model(folder)

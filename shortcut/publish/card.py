@@ -44,6 +44,7 @@ _GONE: dict[Action, str] = {
     "drop": "{} are deleted",
     "attention-only": "{} have lost their MLP (`attention-only`)",
     "mlp-only": "{} have lost their attention (`mlp-only`)",
+    "last-token": "{} are passed by all tokens of a prompt but the last (`last-token`)",
 }
 
 
@@ -69,7 +70,7 @@ def format_card(plan: Plan, cut: CutReport, check: CheckReport, *, picture: bool
         kept=len(plan.kept),
         depth=plan.base.blocks,
         gone=" and ".join(gone),
-        trust=", trust_remote_code=True" if plan.hollow else "",
+        trust=", trust_remote_code=True" if plan.needs_code else "",
         rule=rule + (f" by the metric `{why['metric']}`" if "metric" in why else ""),
         table=format_table(["", "base", "shortened"], rows),
         text=check.text,

@@ -5,12 +5,13 @@ from typing import Literal, NamedTuple
 from shortcut.errors import ShortcutError
 
 Half = Literal["attention", "mlp"]  # the two residual branches of a block
-Action = Literal["keep", "drop", "attention-only", "mlp-only"]
+Action = Literal["keep", "drop", "attention-only", "mlp-only", "last-token"]
 GONE: dict[Action, frozenset[Half]] = {
     "keep": frozenset(),
     "drop": frozenset(("attention", "mlp")),
     "attention-only": frozenset(("mlp",)),
     "mlp-only": frozenset(("attention",)),
+    "last-token": frozenset(),  # of a prompt, only the last token goes through
 }
 MOVES = tuple(action for action in GONE if GONE[action])
 

@@ -11,17 +11,19 @@ A plan is the only thing that scoring and surgery share. On disk it is a YAML fi
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
 from shortcut.errors import ShortcutError
-from shortcut.records.actions import GONE, MOVES, Action
+from shortcut.records.actions import GONE, Action
 from shortcut.records.blocks import format_blocks, parse_blocks
 
+Format = Literal["custom", "zeroed"]
 FORMAT = 1
+LISTED = tuple(action for action in GONE if action != "keep")
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,16 @@ class Base:
 
 @dataclass(frozen=True)
 class Plan:
-    """One action per block of the base, in block order, and the reason for it as plain data."""
+    """One action per block of the base, in block order, and the reason for it as plain data.
+
+    format: how blocks that lose a half are written: "custom", without its tensors and with a modeling file; "zeroed",
+    with zeros in their place, as large as before.
+    """
 
     base: Base
     actions: tuple[Action, ...]
     why: Mapping[str, Any] = field(default_factory=dict)
+    format: Format = "custom"
 
     def __post_init__(self) -> None:
         if len(self.actions) != self.base.blocks:
@@ -48,6 +55,10 @@ class Plan:
             raise ShortcutError(f"unknown action {sorted(unknown)[0]!r}: there are {', '.join(GONE)}")
         if not self.kept:
             raise ShortcutError(f"the plan drops all {self.base.blocks} blocks: at least one has to stay")
+        if self.format not in get_args(Format):
+            raise ShortcutError(f"unknown format {self.format!r}: there are {', '.join(get_args(Format))}")
+        if self.format != "custom" and self.blocks("last-token"):
+            raise ShortcutError(f"the format {self.format} knows no last-token blocks: they need --format custom")
         if all("attention" in GONE[action] for action in self.actions):
             raise ShortcutError("the plan leaves no block its attention: at least one has to keep it")
 
@@ -81,12 +92,17 @@ class Plan:
     @property
     def changes(self) -> bool:
         """Whether anything happens to any block."""
-        return any(GONE[action] for action in self.actions)
+        return any(action != "keep" for action in self.actions)
+
+    @property
+    def needs_code(self) -> bool:
+        """Whether the result needs a modeling file: it has blocks that no class of transformers builds."""
+        return self.format == "custom" and bool(self.hollow or self.blocks("last-token"))
 
     @property
     def described(self) -> str:
         """For people: what happens to which blocks, such as "4-5, attention-only 7"."""
-        lists = {action: format_blocks(self.blocks(action)) for action in MOVES if self.blocks(action)}
+        lists = {action: format_blocks(self.blocks(action)) for action in LISTED if self.blocks(action)}
         parts = [blocks if action == "drop" else f"{action} {blocks}" for action, blocks in lists.items()]
         return ", ".join(parts) or "none"
 
@@ -100,16 +116,17 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as the plain data that its file holds."""
         base = {"model": self.base.model, "revision": self.base.revision, "blocks": self.base.blocks}
-        lists: dict[str, Any] = {action: format_blocks(self.blocks(action)) for action in MOVES if self.blocks(action)}
-        return {"shortcut": FORMAT, "base": base, "drop": "none", **lists, "why": dict(self.why)}
+        lists: dict[str, Any] = {action: format_blocks(self.blocks(action)) for action in LISTED if self.blocks(action)}
+        written = {} if self.format == "custom" else {"format": self.format}
+        return {"shortcut": FORMAT, "base": base, "drop": "none", **lists, **written, "why": dict(self.why)}
 
     @classmethod
     def from_dict(cls, data: Any, origin: str = "plan") -> "Plan":
         """Read the plain data of a plan; `origin` names it in errors. Raises ShortcutError for anything else."""
-        check_format(data, origin, {"base", *MOVES, "why"})
+        check_format(data, origin, {"base", *LISTED, "format", "why"})
         base = read_base(data.get("base"), origin)
         lists: dict[Action, str] = {}
-        for action in MOVES:
+        for action in LISTED:
             blocks = data.get(action, "none")
             if not isinstance(blocks, str | int) or isinstance(blocks, bool):
                 raise ShortcutError(f'{origin}: "{action}" is {blocks!r}: write a block list such as "3,5,21-28"')
@@ -121,7 +138,8 @@ class Plan:
             json.dumps(why)
         except (TypeError, ValueError):
             raise ShortcutError(f'{origin}: "why" has to be plain data: text, numbers, lists and mappings') from None
-        return cls.of(base, parse_moves(lists, base.blocks), why)
+        plan = cls.of(base, parse_moves(lists, base.blocks), why)
+        return replace(plan, format=data.get("format", "custom"))
 
 
 def parse_moves(lists: Mapping[Action, str], depth: int) -> dict[int, Action]:

@@ -7,7 +7,7 @@ last of all: until it is there, nothing loads the folder.
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from shortcut.records.plan import FORMAT, Plan
 from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint, read_json
 from shortcut.surgery.config import check_family, cut_config, is_plain
 from shortcut.surgery.families import is_proven
-from shortcut.surgery.hollow import gone_by_half, hollow_config, write_modeling_file
+from shortcut.surgery.hollow import blanked, gone_by_half, hollow_config, write_modeling_file
 from shortcut.surgery.numbering import (
     QUANTISATION_FIELDS,
     QUANTISATION_FILES,
@@ -31,7 +31,7 @@ from shortcut.surgery.numbering import (
 )
 from shortcut.surgery.remote import bytes_to_fetch, fetch_tensors
 from shortcut.surgery.stage import RECORD, make_durable
-from shortcut.surgery.tensors import Tensor, select, write_file
+from shortcut.surgery.tensors import FLOATS, Tensor, select, write_file
 from shortcut.text import format_count, format_size
 
 # Files beside the weights that stay behind: other forms of the weights, caches, and what speaks of the base alone.
@@ -40,7 +40,6 @@ _LEFT_BEHIND = re.compile(
     | config\.json | README\.md | plan\.yaml | scores\.(json|png) | shortcut\.json | \..* """
 )
 _EXTRA_HEAD = re.compile(r"(^|\.)mtp[._]")  # multi-token prediction, where it has a container of its own
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 _SKIPPED_FOLDERS = {"original", "onnx", "openvino", "optimizer", "runs", "metal", "coreml"}
 
 
@@ -85,7 +84,7 @@ class CutReport:
                 f"{verb} {self.out}",
                 f"drops  {plan.described}",
                 f"keeps  {format_blocks(plan.kept)} ({len(plan.kept)} of {plan.base.blocks} blocks)",
-                *(["loads with trust_remote_code=True, for the modeling file in it"] if plan.hollow else []),
+                *(["loads with trust_remote_code=True, for the modeling file in it"] if plan.needs_code else []),
                 f"parameters {format_count(self.parameters_before)} -> {format_count(self.parameters_after)}, "
                 f"bytes {format_size(self.bytes_before)} -> {format_size(self.bytes_after)}",
                 *(f"{format_size(size):>9}  {name}" for name, size in self.files),
@@ -108,7 +107,7 @@ def report_cut(
         parameters_after=sum(tensor.parameters for file in files for _, tensor in file.tensors),
         bytes_before=checkpoint.size,
         bytes_after=sum(file.size for file in files),
-        bytes_to_fetch=bytes_to_fetch(checkpoint.mirrors, (tensor for file in files for _, tensor in file.tensors)),
+        bytes_to_fetch=bytes_to_fetch(checkpoint.mirrors, needed(files)),
         heads_dropped=tuple(name for name in checkpoint.tensors if plan.dropped and _is_extra_head(checkpoint, name)),
         written=written,
     )
@@ -152,12 +151,14 @@ def carry_over(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[str, Tenso
     if checkpoint.anatomy.depth != plan.base.blocks:
         here = f"{checkpoint.name} has {checkpoint.anatomy.depth}"
         raise ShortcutError(f"the plan is for {plan.base.blocks} blocks and {here}")
-    gone = gone_by_half(checkpoint, plan)
+    blank = gone_by_half(checkpoint, plan)
+    gone = blank if plan.format == "custom" else set()
+    tensors = {name: blanked(tensor) if name in blank else tensor for name, tensor in checkpoint.tensors.items()}
     if not plan.dropped:
-        return {name: (name, tensor) for name, tensor in checkpoint.tensors.items() if name not in gone}
+        return {name: (name, tensor) for name, tensor in tensors.items() if name not in gone}
     numbers = {old: new for new, old in enumerate(plan.kept)}
     staying = {}
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in tensors.items():
         where = checkpoint.anatomy.split(name)
         if where is None and not _is_extra_head(checkpoint, name):
             staying[name] = (name, _kept_parts(checkpoint, plan, tensor))
@@ -172,7 +173,7 @@ def _kept_parts(checkpoint: Checkpoint, plan: Plan, tensor: Tensor) -> Tensor:
     if axis is None:
         return tensor
     module = tensor.name.rpartition(".")[0]
-    if tensor.dtype not in _FLOATS or sum(name.startswith(f"{module}.") for name in checkpoint.tensors) > 1:
+    if tensor.dtype not in FLOATS or sum(name.startswith(f"{module}.") for name in checkpoint.tensors) > 1:
         raise ShortcutError(f"cannot cut {module} of {checkpoint.name}: it is quantised and has a part for every block")
     return select(tensor, axis, plan.base.blocks, plan.kept)
 
@@ -204,6 +205,11 @@ def plan_files(checkpoint: Checkpoint, plan: Plan, max_shard_size: int | None = 
     )
 
 
+def needed(files: Iterable[OutputFile]) -> Iterator[Tensor]:
+    """The tensors of the base whose bytes go into these files."""
+    return (tensor for file in files for _, tensor in file.tensors if not tensor.blank)
+
+
 def _pack(tensors: list[tuple[str, Tensor]], limit: int) -> list[list[tuple[str, Tensor]]]:
     groups: list[list[tuple[str, Tensor]]] = [[]]
     room = limit
@@ -230,7 +236,7 @@ def write_checkpoint(
     config: from `shorten_config`. `advance` is told the bytes copied. Raises ShortcutError for a plan of another depth.
     """
     files = plan_files(checkpoint, plan, max_shard_size)
-    fetch_tensors(checkpoint.mirrors, (tensor for file in files for _, tensor in file.tensors), advance)
+    fetch_tensors(checkpoint.mirrors, needed(files), advance)
     with ThreadPoolExecutor(1) as background:  # a file goes to the disk while the next one is copied
         synced = []
         for file in files:
@@ -243,7 +249,7 @@ def write_checkpoint(
     copy_side_files(checkpoint.folder, folder)
     for path in (folder / name for name in QUANTISATION_FILES if plan.dropped and (folder / name).exists()):
         write_json(path, renumber_settings(read_json(path), checkpoint.anatomy, plan.kept, checkpoint.tensors))
-    if plan.hollow:
+    if plan.needs_code:
         write_modeling_file(folder, checkpoint.config)
     write_json(folder / RECORD, _record(checkpoint, plan))
     write_json(folder / "config.json", config)

@@ -1,14 +1,17 @@
 """Half-blocks on disk: which tensors go, and the config and modeling file that build what is left."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shortcut.anatomy import part_of
+from shortcut.errors import ShortcutError
 from shortcut.modeling.hollowing import MODELING_FILE, hollowing_of
 from shortcut.records.actions import GONE
 from shortcut.records.plan import Plan
 from shortcut.surgery.checkpoint import Checkpoint
+from shortcut.surgery.tensors import FLOATS, Tensor
 
 
 def gone_by_half(checkpoint: Checkpoint, plan: Plan) -> set[str]:
@@ -24,17 +27,31 @@ def gone_by_half(checkpoint: Checkpoint, plan: Plan) -> set[str]:
     return set(filter(goes, checkpoint.tensors))
 
 
+def blanked(tensor: Tensor) -> Tensor:
+    """The tensor with zeros in the place of its bytes. Raises ShortcutError where that is not the number zero."""
+    if tensor.dtype not in FLOATS:
+        raise ShortcutError(f"cannot zero {tensor.name}, which is quantised ({tensor.dtype}): use --format custom")
+    return replace(tensor, blank=True)
+
+
 def hollow_config(config: dict[str, Any], checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """The config of a shortened model whose blocks are to be hollow as well."""
-    if not plan.hollow:
+    if not plan.needs_code:
         return config
     config = config | hollowing_of(checkpoint.config).settings()
     text = config
     for key in checkpoint.anatomy.config_path:
         text[key] = dict(text[key])
         text = text[key]
-    skipped = {str(new): sorted(GONE[plan.actions[old]]) for new, old in enumerate(plan.kept)}
-    text["per_layer_config"] = {block: {"skip": halves} for block, halves in skipped.items() if halves}
+    layers: dict[str, Any] = {}
+    for new, old in enumerate(plan.kept):
+        if plan.actions[old] == "last-token":
+            layers[str(new)] = {"prefill": "last"}
+        elif halves := sorted(GONE[plan.actions[old]]):
+            layers[str(new)] = {"skip": halves}
+    if plan.blocks("last-token"):
+        text["prefill"] = "all"  # what layers without an entry of their own do
+    text["per_layer_config"] = layers
     return config
 
 

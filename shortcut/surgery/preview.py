@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,6 +49,10 @@ class Preview:
         for number in plan.hollow:
             self._decoder = self._decoder or Decoder.of(self.model)
             stand_ins |= self._decoder.branches(number).silent(GONE[plan.actions[number]])
+        for number in plan.blocks("last-token"):
+            from shortcut.modeling.hollow import last_token_only
+
+            stand_ins[self.blocks[number]] = partial(last_token_only, self.blocks[number].forward)
         self._stack.enter_context(forwards_replaced(stand_ins))
         self._stack.enter_context(_without_cache_entries(self.model, plan))
 

@@ -20,6 +20,7 @@ HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 # Bytes copied at a time. Larger writes are slower by a factor of up to five on virtual machines whose free memory is
 # handed back to their host, and no faster elsewhere.
 BUFFER = 256 << 10
+FLOATS = {"F64", "F32", "F16", "BF16"}
 # Bits per element of every type the format knows.
 DTYPE_BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -35,7 +36,8 @@ DTYPE_BITS = {
 class Tensor:
     """One tensor of a file: bytes `start` to `stop` (exclusive) counted from the beginning of the file.
 
-    pieces: where only parts of it are meant, the byte ranges that are, within every `period` bytes.
+    pieces: where only parts of it are meant, the byte ranges that are, within every `period` bytes. blank: zeros are
+    meant in the place of its bytes.
     """
 
     name: str
@@ -46,6 +48,12 @@ class Tensor:
     stop: int
     period: int = 0
     pieces: tuple[tuple[int, int], ...] = ()
+    blank: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its bytes are copied as they are."""
+        return not self.pieces and not self.blank
 
     @property
     def size(self) -> int:
@@ -179,8 +187,8 @@ def write_file(
     buffer = memoryview(bytearray(BUFFER))
     with path.open("wb") as target:
         target.write(len(header).to_bytes(8, "little") + header)
-        for pieced, run in groupby((tensor for _, tensor in ordered), lambda tensor: bool(tensor.pieces)):
-            if pieced:
+        for plain, run in groupby((tensor for _, tensor in ordered), lambda tensor: tensor.is_plain):
+            if not plain:
                 for chunk in (chunk for tensor in run for chunk in read_chunks(tensor)):
                     target.write(chunk)
                     advance(len(chunk))
@@ -225,6 +233,9 @@ def select(tensor: Tensor, axis: int, parts: int, kept: Sequence[int]) -> Tensor
 
 def read_chunks(tensor: Tensor) -> Iterator[bytes]:
     """The bytes of a tensor, piece by piece."""
+    if tensor.blank:
+        yield from (bytes(min(left, BUFFER)) for left in range(tensor.size, 0, -BUFFER))
+        return
     step = max(1, BUFFER // tensor.period) * tensor.period if tensor.pieces else BUFFER
     with tensor.file.open("rb") as file:
         file.seek(tensor.start)
@@ -252,6 +263,6 @@ def digest(tensors: Iterable[Tensor]) -> bytes:
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same bytes."""
-    if one.pieces or other.pieces:  # read in other steps
+    if not one.is_plain or not other.is_plain:  # read in other steps
         return digest([one]) == digest([other])
     return one.size == other.size and all(a == b for a, b in zip(read_chunks(one), read_chunks(other), strict=True))
