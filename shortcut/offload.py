@@ -21,6 +21,8 @@ from shortcut.processes import are_several
 from shortcut.progress import say
 from shortcut.text import format_size
 
+READ_AT_ONCE = 1 << 24  # bytes of a weight
+
 
 def load_offloaded(folder: Path, config: Mapping[str, Any], *, scratch: Path, **loading: Any) -> Model:
     """Load a checkpoint as `load_model` does, but for its blocks and embeddings, which stay on the disk.
@@ -89,7 +91,7 @@ class _Resident:
         for module, hook, name, tensor in self._tensors() if self.holders == 1 else ():
             free = self.pool.setdefault((tensor.shape, tensor.dtype), [])
             memory = free.pop() if free else torch.empty_like(tensor, device=hook.execution_device)
-            memory.copy_(hook.weights_map[name])
+            _fill(memory, hook.weights_map, name)
             set_module_tensor_to_device(module, name, hook.execution_device, value=memory)
 
     @torch.inference_mode(False)
@@ -109,6 +111,24 @@ class _Resident:
             for module, hook in self.hooks
             for name, tensor in named_module_tensors(module, recurse=False, remove_non_persistent=True)
         ]
+
+
+def _fill(memory: Tensor, weights: Any, name: str) -> None:
+    """Read a weight into memory, some rows at a time: never twice in memory as a whole.
+
+    weights: accelerate's `PrefixedDataset` over its `OffloadedWeightsLoader`.
+    """
+    from safetensors import safe_open
+
+    place = weights.dataset.index.get(f"{weights.prefix}{name}") or {}
+    if "safetensors_file" not in place or memory.dim() < 2:
+        memory.copy_(weights[name])
+        return
+    rows = max(1, READ_AT_ONCE // memory[0].nbytes)
+    for start in range(0, len(memory), rows):
+        with safe_open(place["safetensors_file"], framework="pt", device="cpu") as file:  # what is read stays mapped
+            stored = file.get_slice(place.get("weight_name", f"{weights.prefix}{name}"))
+            memory[start : start + rows].copy_(stored[start : start + rows])
 
 
 @contextmanager
