@@ -38,6 +38,7 @@ sweep: $(READY)           ## cut a tiny model of every family of transformers; r
 	rm -f .sweep.jsonl
 	$(BIN)/python -m tests.sweep --out .sweep.jsonl
 	$(BIN)/python -m tests.sweep.table .sweep.jsonl
+	$(BIN)/python -m tests.sweep.halves
 
 build: $(READY)           ## wheel and source archive in dist/
 	$(BIN)/python -m build

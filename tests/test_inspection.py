@@ -60,8 +60,9 @@ def test_how_an_inspection_prints(llama):
     lines = str(inspection).splitlines()
     assert lines[:2] == ["org/model", "llama: 7 blocks, 99.76k parameters, 399 KB of F32 in 1 file(s)"]
     assert lines[3].split() == ["blocks", "kind", "attention", "mlp", "norms", "other", "each", "bytes", "of", "model"]
-    assert [line.split()[0] for line in lines[4:-3]] == ["0-6"]
-    assert lines[-1] == "blocks can be dropped"
+    assert [line.split()[0] for line in lines[4:5]] == ["0-6"]
+    moves = [line.split()[:2] for line in lines[-6:-2]]
+    assert moves == [["0-6", action] for action in ("drop", "attention-only", "mlp-only", "last-token")]
 
 
 def test_blocks_of_several_kinds(checkpoint_of):

@@ -25,7 +25,7 @@ class Hollowing:
 
     blocks: the path to the list of blocks inside the model; attention, mlp: the modules of a block that only this half
     uses, and how many values each returns, 0 being a tensor alone; by its class where that differs. kept: those that
-    stay with either.
+    stay with either. last_token: whether its blocks can run for the last token of a prompt alone.
     """
 
     architecture: str
@@ -36,6 +36,7 @@ class Hollowing:
     attention: Mapping[str, int | Mapping[str, int]]
     mlp: Mapping[str, int | Mapping[str, int]]
     kept: tuple[str, ...]
+    last_token: bool
 
     def half_of(self, rest: str, part: str) -> Literal["attention", "mlp"] | None:
         """To which half a tensor belongs, by its name inside a block; part: what the name alone suggests."""
@@ -86,9 +87,15 @@ def hollowing_of(config: Mapping[str, Any]) -> Hollowing:
     architecture = str(named[0]) if isinstance(named, list) and named else "a model without architecture"
     if architecture.startswith("Hollow"):
         raise ShortcutError("blocks of a hollow checkpoint cannot lose more: carry a plan of all of it out on its base")
-    if architecture not in read_hollowings() or "auto_map" in config:
+    if not can_be_hollow(config):
         raise ShortcutError(f"{architecture} cannot lose halves of blocks: `shortcut families` lists what can")
     return read_hollowings()[architecture]
+
+
+def can_be_hollow(config: Mapping[str, Any]) -> bool:
+    """Whether `hollowing_of` knows the model of a config.json."""
+    named = config.get("architectures")
+    return isinstance(named, list) and bool(named) and named[0] in read_hollowings() and "auto_map" not in config
 
 
 def has_own_code(folder: Path, config: Mapping[str, Any]) -> bool:

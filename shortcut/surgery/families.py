@@ -10,17 +10,22 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from shortcut.modeling.hollowing import read_hollowings
 from shortcut.text import format_table
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family and task. result: exact, in part (what is not exact is refused), refused, or untried."""
+    """One family and task. result: exact, in part (what is not exact is refused), refused, or untried.
+
+    halves: what else its blocks can become: "halves" is attention-only and mlp-only, "last" last-token.
+    """
 
     name: str
     task: str
     result: str
     why: str
+    halves: str
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,10 @@ class Families:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = [[row.name, row.task, row.result, row.why] for row in self.rows]
+        rows = [[row.name, row.task, row.result, row.halves, row.why] for row in self.rows]
         results = [row.result for row in self.rows]
         counts = ", ".join(f"{results.count(result)} {result}" for result in sorted(set(results)))
-        table = format_table(["family", "task", "result", "why"], rows, left=4)
+        table = format_table(["family", "task", "blocks deleted", "or", "why"], rows, left=5)
         return f"{table}\n\n{len(rows)} pairs of family and task in transformers {self.transformers}: {counts}"
 
 
@@ -46,7 +51,15 @@ class Families:
 def read_families() -> Families:
     """Read the table that comes with the package."""
     data = json.loads(files("shortcut").joinpath("data", "families.json").read_text(encoding="utf-8"))
-    return Families(data["transformers"], tuple(Family(*row) for row in data["rows"]))
+    known = {(found.family, found.auto): found for found in read_hollowings().values()}
+    tasks = {"causal": "AutoModelForCausalLM", "image-text": "AutoModelForImageTextToText"}
+
+    def halves(name: str, task: str) -> str:
+        found = known.get((name, tasks[task]))
+        return "" if found is None else "halves, last" if found.last_token else "halves"
+
+    rows = [Family(name, task, result, why, halves(name, task)) for name, task, result, why in data["rows"]]
+    return Families(data["transformers"], tuple(rows))
 
 
 def is_proven(family: str) -> bool:

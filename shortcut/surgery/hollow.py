@@ -38,7 +38,10 @@ def hollow_config(config: dict[str, Any], checkpoint: Checkpoint, plan: Plan) ->
     """The config of a shortened model whose blocks are to be hollow as well."""
     if not plan.needs_code:
         return config
-    config = config | hollowing_of(checkpoint.config).settings()
+    hollowing = hollowing_of(checkpoint.config)
+    if plan.blocks("last-token") and not hollowing.last_token:
+        raise ShortcutError(f"{hollowing.architecture} cannot run blocks for the last token of a prompt alone")
+    config = config | hollowing.settings()
     text = config
     for key in checkpoint.anatomy.config_path:
         text[key] = dict(text[key])

@@ -7,6 +7,7 @@ from shortcut.anatomy import Part, part_of, text_config
 from shortcut.records.blocks import format_blocks
 from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.config import is_per_block, refusal
+from shortcut.surgery.savings import CONTEXT, Saving, savings
 from shortcut.text import format_count, format_size, format_table
 
 PARTS: tuple[Part, ...] = ("attention", "mlp", "norms", "other")
@@ -47,6 +48,7 @@ class Inspection:
     embeddings: Amount
     rest: Amount
     blocks: tuple[Block, ...]
+    savings: tuple[tuple[Saving, ...], ...]
     refusal: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class Inspection:
                 ]
             )
         head = ["blocks", "kind", *PARTS, "each", "bytes", "of model"]
-        todo = f"refused: {self.refusal}" if self.refusal else "blocks can be dropped"
+        todo = ["", f"refused: {self.refusal}"] if self.refusal else self._saved()
         return "\n".join(
             [
                 f"{self.model}",
@@ -79,9 +81,22 @@ class Inspection:
                 format_table(head, rows, left=2),
                 "",
                 f"embeddings {format_count(self.embeddings.parameters)}, the rest {format_count(self.rest.parameters)}",
-                todo,
+                *todo,
             ]
         )
+
+    def _saved(self) -> list[str]:
+        """A table of what every move saves, for the first block of each kind."""
+        rows = []
+        for saved in dict.fromkeys(self.savings):
+            alike = format_blocks(number for number, other in enumerate(self.savings) if other == saved)
+            for saving in saved:
+                cache = "-" if saving.cache is None else format_size(saving.cache)
+                work = ["-" if w is None else format_count(w) for w in (saving.prefill, saving.decode)]
+                rows.append([alike, saving.action, format_count(saving.parameters), cache, *work])
+        head = ["each of", "action", "parameters", "cache/token", "FLOPs/token of a prompt", "of a new token"]
+        note = f"cache in half precision; prompts of {CONTEXT} tokens, a new token behind as many"
+        return ["", "what a move saves", format_table(head, rows, left=2), "", note]
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
@@ -110,5 +125,6 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
             sum(t.parameters for t in outside) - embeddings.parameters, sum(t.size for t in outside) - embeddings.bytes
         ),
         blocks=tuple(blocks),
+        savings=tuple(savings(checkpoint, number) for number in range(len(blocks))),
         refusal=refusal(checkpoint.config),
     )

@@ -13,23 +13,25 @@ import json
 import sys
 import tempfile
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 import shortcut
 from shortcut.branches import Branches
 from shortcut.decoder import Decoder
-from shortcut.live import blocks_path, load_model
+from shortcut.errors import ShortcutError
+from shortcut.live import blocks_path, find_blocks, hidden_input, hidden_output, load_model
 from shortcut.modeling import hollowing
 from shortcut.modeling.hollowing import Hollowing
 from shortcut.records.plan import Plan
 from shortcut.surgery.checkpoint import read_checkpoint
 from tests.sweep.__main__ import describe, generated, logits
-from tests.sweep.tiny import DEPTH, SKIPPED, Kind, model_types, tiny_inputs, tiny_model
+from tests.sweep.tiny import DEPTH, SKIPPED, Fields, Kind, model_types, tiny_inputs, tiny_model
 
 TABLE = Path(shortcut.__file__).parent / "data" / "halves.json"
 MIXTURES: tuple[dict[int, Any], ...] = (
@@ -74,7 +76,11 @@ def try_family(family: str, kind: Kind, folder: Path) -> Hollowing:
     inputs = tiny_inputs(model, kind)
     for number, actions in enumerate(MIXTURES):
         plan = Plan.of(base.base, actions)
-        shortcut.cut(folder / "base", folder / f"{number}", plan=plan, verify=True, quiet=True)
+        try:
+            shortcut.cut(folder / "base", folder / f"{number}", plan=plan, verify=True, quiet=True)
+        except ShortcutError:  # a block that others depend on; halves may go all the same
+            plan = Plan.of(base.base, {block: action for block, action in actions.items() if action != "drop"})
+            shortcut.cut(folder / "base", folder / f"{number}", plan=plan, verify=True, quiet=True)
         short = load_model(folder / f"{number}", trust_remote_code=True)
         before = logits(model, inputs)
         with shortcut.preview(model, plan):
@@ -87,7 +93,31 @@ def try_family(family: str, kind: Kind, folder: Path) -> Hollowing:
             raise ValueError(f"mixture {number}: what goes does not matter")
         if generated(short, inputs) != continued:
             raise ValueError(f"mixture {number}: another continuation")
-    return found
+    return replace(found, last_token=passes_by(model, find_blocks(model), inputs, folder))
+
+
+def passes_by(base: Any, blocks: nn.ModuleList, inputs: Fields, folder: Path) -> bool:
+    """Whether last-token blocks are what hooks make of them: all tokens but the last get back what went in."""
+    plan = Plan.of(read_checkpoint(folder / "base").base, {1: "last-token", 4: "last-token"})
+
+    def restore(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        before, after = hidden_input(args, kwargs), hidden_output(output)
+        after = torch.cat([before[:, :-1], after[:, -1:]], dim=1)
+        return (after, *output[1:]) if isinstance(output, tuple) else after
+
+    try:
+        shortcut.cut(folder / "base", folder / "last", plan=plan, quiet=True)
+        short = load_model(folder / "last")
+        got, continued = logits(short, inputs)[:, -1], generated(short, inputs)["cache"]
+        handles = [blocks[number].register_forward_hook(restore, with_kwargs=True) for number in (1, 4)]
+        expected, longer = logits(base, inputs)[:, -1], generated(base, inputs)["cache"]
+        for handle in handles:
+            handle.remove()
+    except Exception as error:  # noqa: BLE001  (whatever a family does, it cannot)
+        print(f"{base.config.model_type}: last-token: {describe(error)[:150]}", flush=True)
+        return False
+    close = (got - expected).abs().max().item() <= TOLERANCE * expected.abs().max().item()
+    return close and continued == longer and isinstance(longer, list)
 
 
 def find_hollowing(model: Any, kind: Kind) -> Hollowing:
@@ -105,6 +135,7 @@ def find_hollowing(model: Any, kind: Kind) -> Hollowing:
         attention=attention,
         mlp=mlp,
         kept=tuple(sorted(kept - attention.keys() - mlp.keys())),
+        last_token=True,
     )
 
 

@@ -1,0 +1,93 @@
+"""What every move saves: parameters, cache, and arithmetic, from headers and config alone.
+
+Arithmetic is counted in floating point operations, a multiplication and an addition being two. Of experts only those
+count that a token goes to. Attention to n tokens takes 4 n times the width of the queries for every token; in a prompt
+of n tokens it is to (n + 1) / 2 of them on average.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shortcut.anatomy import part_of, text_config
+from shortcut.modeling.hollowing import Hollowing, can_be_hollow, hollowing_of
+from shortcut.records.actions import GONE, Action
+from shortcut.surgery.checkpoint import Checkpoint
+from shortcut.surgery.tensors import FLOATS, Tensor
+
+CONTEXT = 1024  # tokens of a prompt, and in front of a new token
+CACHED = 2  # bytes of a number in the cache: half precision, as models are served
+_EXPERT = re.compile(r"experts?\.")
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What goes by an action on one block: parameters, bytes of cache per token, and operations per token.
+
+    prefill: of a prompt of `CONTEXT` tokens; decode: of a new token behind as many. None where it cannot be told.
+    """
+
+    action: Action
+    parameters: int
+    cache: int | None
+    prefill: int | None
+    decode: int | None
+
+
+def savings(checkpoint: Checkpoint, number: int) -> tuple[Saving, ...]:
+    """What each action on a block saves; halves are there for architectures that can lose them."""
+    hollowing = hollowing_of(checkpoint.config) if can_be_hollow(checkpoint.config) else None
+    actions: tuple[Action, ...] = ("drop", "attention-only", "mlp-only", "last-token") if hollowing else ("drop",)
+    return tuple(_saving(checkpoint, number, action, hollowing) for action in actions)
+
+
+def _saving(checkpoint: Checkpoint, number: int, action: Action, hollowing: Hollowing | None) -> Saving:
+    _, text = text_config(checkpoint.config)
+    tensors = checkpoint.blocks[number]
+
+    def goes(rest: str) -> bool:
+        return hollowing is None or action == "drop" or hollowing.half_of(rest, part_of(rest)) in GONE[action]
+
+    going = [(rest, tensor) for rest, tensor in tensors if goes(rest)]
+    parameters, widths = sum(tensor.parameters for _, tensor in going), attention_widths(text)
+    if widths is None or not all(tensor.dtype in FLOATS for _, tensor in tensors):
+        return Saving(action, parameters, None, None, None)
+    queries, keys = widths
+    if action == "last-token":  # of all but the last token: all but the products that give queries, keys and values
+        whole = _saving(checkpoint, number, "drop", hollowing).prefill or 0
+        stays = 2 * (queries + 2 * keys) * int(text.get("hidden_size") or text.get("n_embd") or 0)
+        return Saving(action, 0, 0, round((whole - stays) * (1 - 1 / CONTEXT)), 0)
+    linear = sum(_operations(rest, tensor, text) for rest, tensor in going)
+    attends = "attention" in GONE[action]
+    return Saving(
+        action=action,
+        parameters=parameters,
+        cache=2 * keys * CACHED if attends else 0,
+        prefill=linear + (2 * queries * (CONTEXT + 1) if attends else 0),
+        decode=linear + (4 * queries * (CONTEXT + 1) if attends else 0),
+    )
+
+
+def attention_widths(text: Mapping[str, Any]) -> tuple[int, int] | None:
+    """How wide all queries of a token are together, and all keys; None where a config does not say."""
+    if "kv_lora_rank" in text or "layers_block_type" in text:  # latent attention and hybrids have other caches
+        return None
+    heads = text.get("num_attention_heads", text.get("n_head", text.get("num_heads")))
+    hidden = text.get("hidden_size", text.get("n_embd"))
+    if not isinstance(heads, int) or not isinstance(hidden, int) or not heads:
+        return None
+    width = text.get("head_dim") or hidden // heads
+    key_heads = text.get("num_key_value_heads") or heads
+    return (heads * width, key_heads * width) if isinstance(width, int) and isinstance(key_heads, int) else None
+
+
+def _operations(rest: str, tensor: Tensor, text: Mapping[str, Any]) -> int:
+    """Of one token with one weight; vectors are not counted."""
+    if len(tensor.shape) < 2:
+        return 0
+    experts = text.get("num_local_experts") or text.get("num_experts") or text.get("n_routed_experts") or 1
+    chosen = text.get("num_experts_per_tok") or text.get("moe_topk") or experts
+    routed = bool(_EXPERT.search(rest)) and "shared" not in rest
+    return round(2 * math.prod(tensor.shape) * (chosen / experts if routed else 1))
