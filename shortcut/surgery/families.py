@@ -52,7 +52,7 @@ def read_families() -> Families:
     """Read the table that comes with the package."""
     data = json.loads(files("shortcut").joinpath("data", "families.json").read_text(encoding="utf-8"))
     known = {(found.family, found.auto): found for found in read_hollowings().values()}
-    tasks = {"causal": "AutoModelForCausalLM", "image-text": "AutoModelForImageTextToText"}
+    tasks = {"text": "AutoModelForCausalLM", "image and text": "AutoModelForImageTextToText"}
 
     def halves(name: str, task: str) -> str:
         found = known.get((name, tasks[task]))
