@@ -89,7 +89,8 @@ def plan(
         why = {"select": select, "allow": allow, "protect": protect, "candidates": candidates}
         why |= {} if preset is None else {"preset": preset}
         if known is not None and select != "deepest":
-            why |= {"metric": metric, "calibration": dict(known.calibration), "settings": dict(known.settings)}
+            why |= {"metric": metric, "moves": known.describe_moves(metric or "", moves)}
+            why |= {"calibration": dict(known.calibration), "settings": dict(known.settings)}
     chosen = Plan.of(base, moves, why)
     if out is not None:
         write_text(out, format_plan(chosen))

@@ -23,7 +23,7 @@ from shortcut.live import (
     hidden_output,
     output_forms,
 )
-from shortcut.offload import resident
+from shortcut.offload import is_on_disk, resident
 from shortcut.records.actions import GONE, Action
 
 TOLERANCE = 0.05  # of the largest log probability: far above what reordered sums do, also in bfloat16
@@ -171,7 +171,11 @@ class Decoder:
             return lambda *_, **__: self.forms[number](states[:, None])
 
         ids = torch.zeros(len(states), 1, dtype=torch.long, device=device_of(self.model))
-        with forwards_replaced({block: stand_in(number) for number, block in enumerate(self.blocks)}):
+        stand_ins = {block: stand_in(number) for number, block in enumerate(self.blocks)}
+        first = self.model.get_input_embeddings()
+        if is_on_disk(first):  # what it gives goes no further than to the first block
+            stand_ins[first] = lambda ids: states.new_zeros(*ids.shape, first.weight.shape[1])
+        with forwards_replaced(stand_ins):
             logits = self.model(input_ids=ids, use_cache=False).logits
         return torch.log_softmax(logits[:, 0].float(), dim=-1)
 

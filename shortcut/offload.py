@@ -5,6 +5,7 @@ on each fetches its own weights before it is called and drops them when it retur
 `resident` keeps them in between.
 """
 
+import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -80,8 +81,17 @@ class _Resident:
         for _, hook in self.hooks:
             hook.offload = False  # it still moves inputs to the right device
         block._shortcut_resident = self
-        block.register_forward_pre_hook(lambda *_: self.hold())
-        block.register_forward_hook(lambda *_: self.release(), always_call=True)
+        forward = block.forward
+
+        @functools.wraps(forward)
+        def held(*args: Any, **kwargs: Any) -> Any:  # no hook: what stands in for a block needs none of its weights
+            self.hold()
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.release()
+
+        block.forward = held
 
     @torch.inference_mode(False)  # what is made in that mode could not have gradients later
     def hold(self) -> None:
@@ -175,7 +185,12 @@ def open_live(
 
 def is_offloaded(model: Model) -> bool:
     """Whether blocks of this model are on the disk."""
-    return any(hasattr(module, "_shortcut_resident") for module in model.modules())
+    return any(map(is_on_disk, model.modules()))
+
+
+def is_on_disk(module: nn.Module) -> bool:
+    """Whether the weights of a module are on the disk while it does not run."""
+    return hasattr(module, "_shortcut_resident")
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,5 +1,6 @@
-"""A small server that speaks the part of the Hub's protocol that reading a model needs, and counts what it serves."""
+"""A small server that speaks the part of the Hub's protocol that reading and pushing a model needs, and counts."""
 
+import base64
 import hashlib
 import json
 import re
@@ -50,6 +51,28 @@ def serve(repository: str, folder: Path) -> Iterator[Hub]:
                 self._send_json([{"type": "file", "path": file, **_sibling(folder, file)} for file in _files(folder)])
             elif match := re.fullmatch(rf"/{repository}/resolve/[^/]+/(.+)", path):
                 self._send_file(match[1])
+            else:
+                self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+        def do_POST(self) -> None:
+            path = self.path.split("?")[0]
+            body = self.rfile.read(int(self.headers.get("Content-Length", "0"))).decode()
+            if path == "/api/repos/create":
+                self._send_json({"url": f"{hub.url}/{repository}", "id": repository})
+            elif path == "/api/validate-yaml":
+                self._send_json({"errors": [], "warnings": []})
+            elif "/preupload/" in path:
+                files = [file["path"] for file in json.loads(body)["files"]]
+                ways = [{"path": file, "uploadMode": "regular", "shouldIgnore": False} for file in files]
+                self._send_json({"files": ways})
+            elif "/commit/" in path:
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        target = folder / line["value"]["path"]
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        target.write_bytes(base64.b64decode(line["value"]["content"]))
+                where = f"{hub.url}/{repository}/commit/{SHA}"
+                self._send_json({"commitUrl": where, "commitOid": SHA, "commitMessage": "", "commitDescription": ""})
             else:
                 self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 

@@ -219,6 +219,9 @@ def test_halves_on_the_road(llama: Path, tmp_path: Path) -> None:
     plan = shortcut.plan(tmp_path / "s.json", count=2, allow="mlp-only")
     values = scores.halves["mlp-only"]["perplexity"]
     assert plan.blocks("mlp-only") == tuple(sorted(sorted(range(DEPTH), key=values.__getitem__)[:2]))
+    sizes = scores.half_parameters["mlp-only"]
+    expected = {f"{b} mlp-only": {"score": values[b], "parameters": sizes[b]} for b in plan.blocks("mlp-only")}
+    assert plan.why["moves"] == expected
     share = shortcut.plan(tmp_path / "s.json", ratio="20%", allow="attention-only,mlp-only")
     gone = sum(scores.size(*move) for move in enumerate(share.actions))
     assert 0.2 <= gone / scores.parameters < 0.2 + max(scores.block_parameters) / scores.parameters

@@ -1,6 +1,7 @@
 """Hollow checkpoints: smaller on disk, loaded by transformers alone, and equal to the base with silent branches."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import Base, Plan
 from shortcut.surgery.checkpoint import read_checkpoint
 from tests.conftest import DEPTH, FAMILIES
+from tests.hub_server import serve
 from tests.reference import greedy, logits
 from tests.test_halves import carried_out
 
@@ -133,6 +135,37 @@ def test_round_trips(family: str, checkpoint_of: Callable[..., Path], token_ids:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "short", trust_remote_code=True)
     written = pipeline("text-generation", model=short, tokenizer=tokenizer)("abc", max_new_tokens=4, do_sample=False)
     assert written[0]["generated_text"].startswith("abc")
+
+
+PULL = """
+import sys
+sys.modules["shortcut"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("org/short", trust_remote_code=True, attn_implementation="eager")
+torch.save(model(torch.arange(4, 24)[None]).logits, sys.argv[1])
+"""
+PUSH = """
+import sys
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+model.push_to_hub("org/short")
+"""
+
+
+def test_pushed_and_pulled(llama: Path, tmp_path: Path) -> None:
+    """push_to_hub takes the modeling file along, and from_pretrained by id loads it on a machine without shortcut."""
+    short = hollowed(llama, tmp_path / "short", {**MIXTURES[0], 5: "last-token"})
+    (tmp_path / "remote").mkdir()
+    with serve("org/short", tmp_path / "remote") as hub:
+        there = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "x", "HF_HUB_OFFLINE": "0"}
+        where = {**os.environ, **there, "HF_HOME": str(tmp_path / "cache")}
+        for code, word in ((PUSH, "short"), (PULL, "logits.pt")):
+            command = [sys.executable, "-c", code, str(tmp_path / word)]
+            done = subprocess.run(command, env=where, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "remote" / "modeling_hollow.py").exists()
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(short, torch.arange(4, 24)[None]))
 
 
 def test_adapters_are_trained_and_merged(llama: Path, token_ids: Tensor, tmp_path: Path) -> None:

@@ -59,6 +59,15 @@ class Scores:
             raise ShortcutError(f"nothing is known of the size of {action} blocks: score with --allow {action}")
         return sizes[action][block]
 
+    def describe_moves(self, metric: str, moves: Mapping[int, Action]) -> dict[str, dict[str, float | int]]:
+        """What every move costs, by the score of what goes alone, and gains in parameters; where that was scored."""
+        found: dict[str, dict[str, float | int]] = {}
+        for block, action in sorted(moves.items()):
+            if metric in (self.metrics if action == "drop" else self.halves.get(action, {})):
+                score = self.of_blocks(metric, action)[block]
+                found[str(Move(block, action))] = {"score": score, "parameters": self.size(block, action)}
+        return found
+
     def of_blocks(self, metric: str, action: Action = "drop") -> tuple[float, ...]:
         """One score per block, for what goes by an action: (blocks,)."""
         values = self._of(metric, action)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from shortcut.decoder import Batch, Decoder
 from shortcut.errors import ShortcutError
 from shortcut.live import hidden_input, hidden_output
-from shortcut.offload import resident
+from shortcut.offload import is_offloaded, resident
 from shortcut.records.actions import Action, Move, join
 
 TOKENS_PER_CALL = 4096  # of several streams together: more is no faster, and attention needs memory for all of them
+TOKENS_WHEN_SCARCE = 1024  # where memory is too small for the model
 NOTHING: Mapping[int, Action] = {}
 AS_IT_IS = Move(0, "keep")
 WHOLE: tuple[Action, ...] = ("drop",)
@@ -63,7 +64,8 @@ def walk(
     if decoder.fault is not None:
         yield from _walk_as_a_whole(decoder, batch, ablated, allow, done)
         return
-    room = max(1, TOKENS_PER_CALL // batch.ids.numel())
+    tokens = TOKENS_WHEN_SCARCE if is_offloaded(decoder.model) else TOKENS_PER_CALL
+    room = max(1, tokens // batch.ids.numel())
     calls = {1: decoder.calls(batch)}
     hidden = hidden_input(*calls[1][0])
     for number in running(decoder, done):
