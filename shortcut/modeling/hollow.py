@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 BLOCKS = "model.layers"
@@ -51,7 +51,7 @@ class Catcher:
     """In place of a cache: takes the keys and values of the tokens that go no further."""
 
     def __init__(self, cache: Any) -> None:
-        self.cache = cache
+        self.cache = DynamicCache() if cache is None else cache
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
         raise Stored(keys, values)
@@ -69,7 +69,7 @@ class Merger(Catcher):
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         keys, values = (torch.cat(pair, dim=-2) for pair in zip(self.earlier, (keys, values), strict=True))
-        return (keys, values) if self.cache is None else self.cache.update(keys, values, *args, **kwargs)
+        return self.cache.update(keys, values, *args, **kwargs)
 
 
 def last_token_only(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
