@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import shortcut
+from shortcut.errors import ShortcutError
 from shortcut.live import load_model
 from shortcut.records.plan import Base, Plan
 from tests.conftest import DEPTH, FAMILIES, VOCABULARY
@@ -60,6 +61,17 @@ def test_last_token_blocks_are_as_defined(
     with shortcut.preview(base, plan):
         torch.testing.assert_close(logits(base, token_ids)[:, -1], expected[0], rtol=0, atol=1e-4)
         assert torch.equal(greedy(base, token_ids), expected[1])
+
+
+def test_the_road_with_last_token_blocks(llama: Path, tmp_path: Path) -> None:
+    """prune takes them by hand, checks the result, and says that perplexity takes the text for a prompt."""
+    text: dict[str, Any] = {"length": 32, "quiet": True}
+    report = shortcut.prune(llama, tmp_path / "short", last_token="3-4", drop="1", **text)
+    assert report.check.logit_difference == pytest.approx(0, abs=1e-4)
+    assert str(report).endswith("the text counts as a prompt there: it says nothing of generation")
+    assert "are passed by all tokens of a prompt but the last" in (tmp_path / "short" / "README.md").read_text()
+    with pytest.raises(ShortcutError, match="the format zeroed knows no last-token blocks"):
+        shortcut.cut(llama, tmp_path / "zeroed", last_token="3", format="zeroed", quiet=True)
 
 
 def test_a_second_turn(llama: Path, token_ids: Tensor, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ TOLERANCE = 1e-4  # of the largest logit: far above what reordered sums do, far 
 class CheckReport:
     """What was compared and what came out. The base's entries are None where no base was compared.
 
-    text: the held-out text of the perplexities, with the BOS policy.
+    text: the held-out text of the perplexities, with the BOS policy. passed_by: whether there are last-token blocks.
     """
 
     checkpoint: str
@@ -39,6 +39,7 @@ class CheckReport:
     perplexity_base: float | None
     bytes_compared: int | None
     logit_difference: float | None
+    passed_by: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for --json."""
@@ -54,6 +55,7 @@ class CheckReport:
                 f"tensors: all {format_size(self.bytes_compared or 0)} equal to the base's",
                 f"logits differ from the base's with its dropped blocks bypassed by {self.logit_difference:.3g}",
                 f"perplexity: {self.perplexity_base:.2f} base, {self.perplexity:.2f} shortened ({self.text})",
+                *(["the text counts as a prompt there: it says nothing of generation"] if self.passed_by else []),
             ]
         )
 
@@ -91,6 +93,7 @@ def check_checkpoint(
         perplexity_base=before,
         bytes_compared=compared,
         logit_difference=difference,
+        passed_by=base is not None and bool(base[1].blocks("last-token")),
     )
 
 

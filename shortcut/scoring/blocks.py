@@ -22,7 +22,7 @@ from shortcut.scoring.store import Budget
 from shortcut.scoring.sums import add_batch, key, weights
 from shortcut.scoring.walk import NOTHING, run_together
 
-STATES_IN_MEMORY = 1 << 27  # bytes of hidden states, where the blocks are on the disk; the others go there too
+STATES_IN_MEMORY = 1 << 26  # bytes of hidden states, where the blocks are on the disk; the others go there too
 
 
 def score_blocks(
@@ -46,7 +46,6 @@ def score_blocks(
     walked = [metric for metric in metrics if metric not in (*of_weights, *of_pairs)]
     if of_pairs and list(allow) != ["drop"]:
         raise ShortcutError(f"{of_pairs[0].name} scores whole blocks only, not {', '.join(allow)}")
-    found: Measured = {action: {} for action in allow}
     parts: list[Measured] = []
     if walked:
         parts.append(score_walked(decoder, batches, walked, allow, partials=partials, quiet=quiet))
@@ -54,9 +53,10 @@ def score_blocks(
         parts.append({"drop": dict(score_pairs(decoder, batches, of_pairs, quiet=quiet))})
     if of_weights:
         parts.append(score_weights(decoder, batches, of_weights, allow, quiet=quiet))
-    for action in allow:
-        found[action] = {m.name: part[action][m.name] for m in metrics for part in parts if m.name in part[action]}
-    return found
+    return {
+        action: {m.name: part[action][m.name] for m in metrics for part in parts if m.name in part[action]}
+        for action in allow
+    }
 
 
 @torch.inference_mode()

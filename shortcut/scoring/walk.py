@@ -28,7 +28,7 @@ from shortcut.offload import is_offloaded, resident
 from shortcut.records.actions import Action, Move, join
 
 TOKENS_PER_CALL = 4096  # of several streams together: more is no faster, and attention needs memory for all of them
-TOKENS_WHEN_SCARCE = 1024  # where memory is too small for the model
+TOKENS_WHEN_SCARCE = 512  # where memory is too small for the model
 NOTHING: Mapping[int, Action] = {}
 AS_IT_IS = Move(0, "keep")
 WHOLE: tuple[Action, ...] = ("drop",)
