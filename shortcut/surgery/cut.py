@@ -151,8 +151,8 @@ def carry_over(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[str, Tenso
     if checkpoint.anatomy.depth != plan.base.blocks:
         here = f"{checkpoint.name} has {checkpoint.anatomy.depth}"
         raise ShortcutError(f"the plan is for {plan.base.blocks} blocks and {here}")
-    blank = gone_by_half(checkpoint, plan)
-    gone = blank if plan.format == "custom" else set()
+    halves = gone_by_half(checkpoint, plan)
+    blank, gone = (halves, set()) if plan.format == "zeroed" else (set(), halves)
     tensors = {name: blanked(tensor) if name in blank else tensor for name, tensor in checkpoint.tensors.items()}
     if not plan.dropped:
         return {name: (name, tensor) for name, tensor in tensors.items() if name not in gone}
