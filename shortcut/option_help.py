@@ -36,7 +36,9 @@ OPTION_HELP = {
     "mlp_only": "the blocks that lose their attention, by number",
     "last_token": "the blocks that all tokens of a prompt but the last pass by, by number: faster to prompt, as large",
     "format": "how blocks that lose a half are written: custom, without its tensors and with a modeling file inside; "
-    "zeroed, with zeros in their place, for any runtime, as large as before",
+    "zeroed, with zeros in their place, for any runtime, as large as before; decilm, without its tensors, "
+    "as DeciLMForCausalLM, for Llama and Mistral alone: vLLM, SGLang and TensorRT-LLM have code for it, which was read "
+    "and never run here",
     "allow": "what may be done to a block, with commas: drop it, or leave it attention-only or mlp-only",
     "select": "which blocks go: those that score lowest, the span that scores lowest, the deepest but the last, or the "
     "lowest one by one with the rest scored again each time; where several are tried, with commas, auto being all but "

@@ -23,10 +23,11 @@ from shortcut.records.actions import Action
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import Base, Plan
 from shortcut.surgery.checkpoint import read_checkpoint
-from tests.conftest import DEPTH, FAMILIES
+from tests.conftest import DEPTH, FAMILIES, make_model, make_tokenizer
 from tests.hub_server import serve
 from tests.reference import greedy, logits
 from tests.test_halves import carried_out
+from tests.test_quantised import METHODS, SIZES
 
 MIXTURES: list[dict[int, Action]] = [
     {0: "mlp-only", 1: "drop", 3: "attention-only", 4: "mlp-only"},
@@ -277,3 +278,18 @@ def test_zeroed_branches(family: str, checkpoint_of: Callable[..., Path], token_
         assert torch.equal(greedy(model, token_ids), greedy(base, token_ids))
     assert shortcut.check(tmp_path / "short", quiet=True, length=32).logit_difference is not None
     assert not (tmp_path / "short" / "modeling_hollow.py").exists()
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes-nf4", "bitsandbytes-int8", "compressed-tensors-int4"])
+def test_halves_of_quantised_blocks(method: str, token_ids: Tensor, tmp_path: Path) -> None:
+    """Their tensors go as they are, and what stays computes what it did; zeros they cannot hold."""
+    make_model("llama", **SIZES).save_pretrained(tmp_path / "plain")
+    METHODS[method](tmp_path / "plain", tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    plan = Plan.of(Base("base", None, DEPTH), MIXTURES[0])
+    shortcut.cut(tmp_path / "base", tmp_path / "short", plan=plan, quiet=True)
+    base, short = load_model(tmp_path / "base"), load_model(tmp_path / "short")
+    with carried_out(base, "llama", MIXTURES[0]):
+        torch.testing.assert_close(logits(short, token_ids), logits(base, token_ids), rtol=0, atol=1e-5)
+    with pytest.raises(ShortcutError, match="which is quantised .*: use --format custom"):
+        shortcut.cut(tmp_path / "base", tmp_path / "zeroed", plan=plan, format="zeroed", quiet=True)

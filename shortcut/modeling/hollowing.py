@@ -1,7 +1,8 @@
 """Which architectures can lose halves of blocks, and the modeling file that such a checkpoint carries.
 
 `data/halves.json` says, for every architecture of transformers whose hollow checkpoints a sweep found exact, which
-modules of a block belong to which half. The modeling file is `hollow.py` with the names of that architecture in it.
+modules of a block belong to which half. The modeling file is `hollow.py` with the names of that architecture in it, or
+for the layout of DeciLM, `decilm.py` as it is.
 """
 
 import json
@@ -15,8 +16,16 @@ from typing import Any, Literal
 
 from shortcut.errors import ShortcutError
 
-MODELING_FILE = "modeling_hollow.py"
 PREFIX = "hollow_"
+
+
+@dataclass(frozen=True)
+class Modeling:
+    """A modeling file: its name and text, and the entries of config.json that name it and its classes."""
+
+    file: str
+    code: str
+    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Hollowing:
     @property
     def code(self) -> str:
         """The text of the modeling file."""
-        template = files("shortcut").joinpath("modeling", "hollow.py").read_text(encoding="utf-8")
+        template = _read("hollow.py")
         halves = "".join(
             f'    "{half}": {json.dumps(dict(modules))},\n'
             for half, modules in (("attention", self.attention), ("mlp", self.mlp))
@@ -61,17 +70,28 @@ class Hollowing:
         text = text.replace("hollow_llama", PREFIX + self.family)
         return text.replace("LlamaForCausalLM", self.architecture).replace("LlamaConfig", self.config)
 
-    def settings(self) -> dict[str, Any]:
-        """The entries of config.json that name the modeling file and its classes."""
-        module = MODELING_FILE.removesuffix(".py")
-        return {
-            "model_type": PREFIX + self.family,
-            "architectures": [f"Hollow{self.architecture}"],
-            "auto_map": {
-                "AutoConfig": f"{module}.Hollow{self.config}",
-                self.auto: f"{module}.Hollow{self.architecture}",
-            },
-        }
+    @property
+    def modeling(self) -> Modeling:
+        """The modeling file and the entries of config.json that name it."""
+        classes = f"Hollow{self.config}", f"Hollow{self.architecture}"
+        settings = _settings(PREFIX + self.family, "modeling_hollow", self.auto, *classes)
+        return Modeling("modeling_hollow.py", self.code, settings)
+
+
+def _settings(family: str, module: str, auto: str, config: str, architecture: str) -> dict[str, Any]:
+    auto_map = {"AutoConfig": f"{module}.{config}", auto: f"{module}.{architecture}"}
+    return {"model_type": family, "architectures": [architecture], "auto_map": auto_map}
+
+
+def _read(name: str) -> str:
+    return files("shortcut").joinpath("modeling", name).read_text(encoding="utf-8")
+
+
+DECILM = Modeling(
+    "modeling_decilm.py",
+    _read("decilm.py"),
+    _settings("nemotron-nas", "modeling_decilm", "AutoModelForCausalLM", "DeciLMConfig", "DeciLMForCausalLM"),
+)
 
 
 @cache
@@ -85,7 +105,7 @@ def hollowing_of(config: Mapping[str, Any]) -> Hollowing:
     """How the model of a config.json becomes hollow. Raises ShortcutError where that was not found exact."""
     named = config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else "a model without architecture"
-    if architecture.startswith("Hollow"):
+    if modeling_of(config) is not None:
         raise ShortcutError("blocks of a hollow checkpoint cannot lose more: carry a plan of all of it out on its base")
     if not can_be_hollow(config):
         raise ShortcutError(f"{architecture} cannot lose halves of blocks: `shortcut families` lists what can")
@@ -98,11 +118,18 @@ def can_be_hollow(config: Mapping[str, Any]) -> bool:
     return isinstance(named, list) and bool(named) and named[0] in read_hollowings() and "auto_map" not in config
 
 
+def modeling_of(config: Mapping[str, Any]) -> Modeling | None:
+    """The modeling file that a checkpoint of this config.json carries; None where it is none of shortcut's."""
+    named = config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else ""
+    hollowing = read_hollowings().get(architecture.removeprefix("Hollow"))
+    modeling = hollowing.modeling if hollowing else DECILM
+    return modeling if config.get("auto_map") == modeling.settings["auto_map"] else None
+
+
 def has_own_code(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether the only code that a checkpoint runs is the modeling file that shortcut writes, to the letter."""
-    named = config.get("architectures")
-    known = read_hollowings().get(str(named[0]).removeprefix("Hollow")) if isinstance(named, list) and named else None
-    if known is None or config.get("auto_map") != known.settings()["auto_map"]:
+    modeling = modeling_of(config)
+    if modeling is None or not (folder / modeling.file).is_file():
         return False
-    path = folder / MODELING_FILE
-    return path.is_file() and path.read_text(encoding="utf-8") == known.code
+    return (folder / modeling.file).read_text(encoding="utf-8") == modeling.code

@@ -21,7 +21,7 @@ from shortcut.errors import ShortcutError
 from shortcut.records.actions import GONE, Action
 from shortcut.records.blocks import format_blocks, parse_blocks
 
-Format = Literal["custom", "zeroed"]
+Format = Literal["custom", "zeroed", "decilm"]
 FORMAT = 1
 LISTED = tuple(action for action in GONE if action != "keep")
 
@@ -40,7 +40,7 @@ class Plan:
     """One action per block of the base, in block order, and the reason for it as plain data.
 
     format: how blocks that lose a half are written: "custom", without its tensors and with a modeling file; "zeroed",
-    with zeros in their place, as large as before.
+    with zeros in their place, as large as before; "decilm", without them and as servers of DeciLM read it.
     """
 
     base: Base
@@ -97,7 +97,7 @@ class Plan:
     @property
     def needs_code(self) -> bool:
         """Whether the result needs a modeling file: it has blocks that no class of transformers builds."""
-        return self.format == "custom" and bool(self.hollow or self.blocks("last-token"))
+        return self.format != "zeroed" and bool(self.hollow or self.blocks("last-token"))
 
     @property
     def described(self) -> str:

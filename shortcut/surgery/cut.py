@@ -16,11 +16,12 @@ from typing import Any
 from shortcut import __version__
 from shortcut.anatomy import fused_axis
 from shortcut.errors import ShortcutError
-from shortcut.modeling.hollowing import has_own_code
+from shortcut.modeling.hollowing import DECILM, has_own_code, modeling_of
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import FORMAT, Plan
 from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint, read_json
 from shortcut.surgery.config import check_family, cut_config, is_plain
+from shortcut.surgery.decilm import check_decilm
 from shortcut.surgery.families import is_proven
 from shortcut.surgery.hollow import blanked, gone_by_half, hollow_config, write_modeling_file
 from shortcut.surgery.numbering import (
@@ -129,17 +130,19 @@ def shorten_config(
         raise ShortcutError(f"{checkpoint.name} comes with code of its own: --trust-remote-code lets the guard run it")
     code = checkpoint.folder if own_code else None
     config = cut_config(checkpoint.config, checkpoint.anatomy, plan.kept, code)
-    if not plan.dropped:
-        return hollow_config(config, checkpoint, plan)
-    for part in (config, *(config[key] for key in checkpoint.anatomy.config_path)):
-        for field in QUANTISATION_FIELDS:
-            if isinstance(part.get(field), dict):
-                part[field] = renumber_settings(part[field], checkpoint.anatomy, plan.kept, checkpoint.tensors)
-    if not is_plain(checkpoint.config) and not no_guard:
-        from shortcut.surgery.guard import guard
+    if plan.dropped:
+        for part in (config, *(config[key] for key in checkpoint.anatomy.config_path)):
+            for field in QUANTISATION_FIELDS:
+                if isinstance(part.get(field), dict):
+                    part[field] = renumber_settings(part[field], checkpoint.anatomy, plan.kept, checkpoint.tensors)
+        if not is_plain(checkpoint.config) and not no_guard:
+            from shortcut.surgery.guard import guard
 
-        guard(checkpoint, config, plan.kept, code)
-    return hollow_config(config, checkpoint, plan)
+            guard(checkpoint, config, plan.kept, code)
+    config = hollow_config(config, checkpoint, plan)
+    if modeling_of(config) is DECILM:  # by this plan, or by one before
+        check_decilm(config, {name: tensor.shape for name, tensor in carry_over(checkpoint, plan).values()})
+    return config
 
 
 def carry_over(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[str, Tensor]]:
@@ -151,8 +154,8 @@ def carry_over(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[str, Tenso
     if checkpoint.anatomy.depth != plan.base.blocks:
         here = f"{checkpoint.name} has {checkpoint.anatomy.depth}"
         raise ShortcutError(f"the plan is for {plan.base.blocks} blocks and {here}")
-    blank = gone_by_half(checkpoint, plan)
-    gone = blank if plan.format == "custom" else set()
+    halves = gone_by_half(checkpoint, plan)
+    blank, gone = (halves, set()) if plan.format == "zeroed" else (set(), halves)
     tensors = {name: blanked(tensor) if name in blank else tensor for name, tensor in checkpoint.tensors.items()}
     if not plan.dropped:
         return {name: (name, tensor) for name, tensor in tensors.items() if name not in gone}
@@ -250,7 +253,7 @@ def write_checkpoint(
     for path in (folder / name for name in QUANTISATION_FILES if plan.dropped and (folder / name).exists()):
         write_json(path, renumber_settings(read_json(path), checkpoint.anatomy, plan.kept, checkpoint.tensors))
     if plan.needs_code:
-        write_modeling_file(folder, checkpoint.config)
+        write_modeling_file(folder, config)
     write_json(folder / RECORD, _record(checkpoint, plan))
     write_json(folder / "config.json", config)
     result = read_checkpoint(folder)

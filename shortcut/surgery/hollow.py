@@ -7,18 +7,21 @@ from typing import Any
 
 from shortcut.anatomy import part_of
 from shortcut.errors import ShortcutError
-from shortcut.modeling.hollowing import MODELING_FILE, hollowing_of
+from shortcut.modeling.hollowing import hollowing_of, modeling_of
 from shortcut.records.actions import GONE
 from shortcut.records.plan import Plan
 from shortcut.surgery.checkpoint import Checkpoint
+from shortcut.surgery.decilm import decilm_config, llama_settings
 from shortcut.surgery.tensors import FLOATS, Tensor
 
 
 def gone_by_half(checkpoint: Checkpoint, plan: Plan) -> set[str]:
-    """The names of tensors that go because half of their block does. Raises ShortcutError as `hollowing_of` does."""
+    """The names of tensors that go because half of their block does. Raises ShortcutError where the format cannot."""
     if not plan.hollow:
         return set()
     halves = hollowing_of(checkpoint.config)
+    if plan.format == "decilm":
+        llama_settings(checkpoint)
 
     def goes(name: str) -> bool:
         block, rest = checkpoint.anatomy.split(name) or (-1, "")
@@ -38,10 +41,12 @@ def hollow_config(config: dict[str, Any], checkpoint: Checkpoint, plan: Plan) ->
     """The config of a shortened model whose blocks are to be hollow as well."""
     if not plan.needs_code:
         return config
+    if plan.format == "decilm":
+        return decilm_config(config, checkpoint, plan)
     hollowing = hollowing_of(checkpoint.config)
     if plan.blocks("last-token") and not hollowing.last_token:
         raise ShortcutError(f"{hollowing.architecture} cannot run blocks for the last token of a prompt alone")
-    config = config | hollowing.settings()
+    config = {**config, **hollowing.modeling.settings}
     text = config
     for key in checkpoint.anatomy.config_path:
         text[key] = dict(text[key])
@@ -58,6 +63,7 @@ def hollow_config(config: dict[str, Any], checkpoint: Checkpoint, plan: Plan) ->
     return config
 
 
-def write_modeling_file(folder: Path, base: Mapping[str, Any]) -> None:
-    """Put beside the weights the code that a hollow checkpoint of this base runs."""
-    (folder / MODELING_FILE).write_text(hollowing_of(base).code, encoding="utf-8")
+def write_modeling_file(folder: Path, config: Mapping[str, Any]) -> None:
+    """Put beside the weights the code that a checkpoint of this config, from `hollow_config`, runs."""
+    if modeling := modeling_of(config):
+        (folder / modeling.file).write_text(modeling.code, encoding="utf-8")
