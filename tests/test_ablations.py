@@ -92,6 +92,25 @@ def test_gradients_equal_autograd(family: str, checkpoint_of: Callable[..., Path
         torch.testing.assert_close(scores[name], tuple(values), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_log_probabilities_are_float32_whatever_the_type(dtype: str, llama: Path) -> None:
+    """Of logits in low precision as well, the probabilities of all tokens add up to 1."""
+    decoder = Decoder.of(load_model(llama, dtype=dtype))
+    with torch.inference_mode():
+        *_, last = walk(decoder, make_batches(sequences_of(13), 1)[0])
+        predicted = decoder.predict(last.after[0])
+    assert (str(last.after.dtype), predicted.dtype) == (f"torch.{dtype}", torch.float32)
+    torch.testing.assert_close(predicted.exp().sum(-1), torch.ones(13), rtol=0, atol=1e-5)
+
+
+def test_gradients_of_many_batches_add_up(checkpoint_of: Callable[..., Path]) -> None:
+    """The same text 600 times over has the gradient of one: a sum in bfloat16 would stand still after 256 of them."""
+    model = load_model(checkpoint_of("llama", num_hidden_layers=2), dtype="bfloat16")
+    (batch,) = make_batches(sequences_of(5), 1)
+    once, often = (scores_of(model, [batch] * times, [METRICS["taylor"]])["taylor"] for times in (1, 600))
+    torch.testing.assert_close(often, once, rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("room", [1, 20, 10_000])
 def test_block_passes_are_the_fewest(room: int, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """L (L + 1) / 2 passes of a batch through a block for L ablations, however many streams go through at once."""
@@ -108,6 +127,23 @@ def test_block_passes_are_the_fewest(room: int, llama: Path, monkeypatch: pytest
     assert sum(passes) == len(batch.ids) * DEPTH * (DEPTH + 1) // 2
     assert max(passes) <= max(len(batch.ids), room // 5)
     assert sorted(ablated) == sorted([AS_IT_IS, *(Move(block) for block in range(DEPTH))])
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("kl", r"the model without block 0 gives NaN or infinity in torch\.float32"),
+        ("perplexity", r"the model without block 0 gives NaN or infinity in torch\.float32"),
+        ("taylor", "the gradients of block 6 are not finite"),
+    ],
+)
+def test_logits_that_overflow_fail_the_run(metric: str, message: str, llama: Path) -> None:
+    """States that are finite, and predictions that are not: no score comes out, least of all the largest there is."""
+    model = load_model(llama)
+    with torch.no_grad():
+        model.lm_head.weight[9, 0] = float("inf")
+    with pytest.raises(ShortcutError, match=message):
+        scores_of(model, make_batches(sequences_of(5, 5), 1), [METRICS[metric]])
 
 
 def test_perplexity_has_no_end() -> None:

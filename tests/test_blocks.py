@@ -63,9 +63,11 @@ def test_a_span_that_runs_backwards():
         parse_blocks("1,9-4")
 
 
-@pytest.mark.parametrize(("text", "twice"), [("3,3", "3"), ("2-6,4-5", "4-5"), ("0-9,9-12,11", "9,11")])
+@pytest.mark.parametrize(
+    ("text", "twice"), [("3,3", "3"), ("2-6,4-5", "4-5"), ("0-9,9-12,11", "9,11"), ("0-999999,5", "5")]
+)
 def test_a_block_named_twice(text, twice):
-    """All blocks that are named twice are told."""
+    """All blocks that are named twice are told, at once even where a million are named."""
     with pytest.raises(ShortcutError, match=f"names {twice} twice"):
         parse_blocks(text)
 

@@ -50,6 +50,17 @@ def test_bos_comes_first_where_the_tokenizer_puts_it() -> None:
     assert (with_bos.record()["starts_with_bos"], without.record()["starts_with_bos"]) == (True, False)
 
 
+@pytest.mark.parametrize("by_document", [False, True])
+def test_bos_comes_once(by_document: bool, tmp_path: Path) -> None:
+    """However many documents are in a sequence, and also where each is its own: one BOS, at the front."""
+    path = write(tmp_path, ".jsonl")
+    sequences = make_calibration(
+        make_tokenizer(bos=True), Source(str(path)), samples=9, length=100, by_document=by_document
+    ).sequences
+    assert [[place for place, token in enumerate(row) if token == 1] for row in sequences] == [[0]] * 9
+    assert any(2 in row for row in sequences) == (not by_document)  # the end of one document, and another after it
+
+
 def test_documents_are_padded_and_masked(tmp_path: Path) -> None:
     """By document, sequences keep their own length, are cut at --length, and padded on the right in a batch."""
     path = write(tmp_path, ".jsonl")

@@ -1,6 +1,7 @@
 """The check passes what is right, and fails on anything that is not."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,25 @@ def test_perplexity_equals_a_plain_loop(llama: Path, tmp_path: Path) -> None:
         expected = plain_perplexity(model, calibration)
         for batch_size in (1, 2, 5):
             assert perplexity(model, make_batches(calibration, batch_size)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_perplexity_in_low_precision_is_float32_arithmetic(llama: Path) -> None:
+    """Of a bfloat16 model too, the losses of its logits are taken and added up in float32."""
+    model = load_model(llama, dtype="bfloat16")
+    calibration = make_calibration(make_tokenizer(), Source(), samples=3, length=30)
+    assert perplexity(model, make_batches(calibration, 1)) == pytest.approx(
+        plain_perplexity(model, calibration), rel=1e-5
+    )
+
+
+def test_a_perplexity_that_is_no_number_fails(llama: Path) -> None:
+    """Logits with NaN are one line that says so, not the largest perplexity there is."""
+    model = load_model(llama)
+    with torch.no_grad():
+        model.lm_head.weight[9, 0] = float("inf")
+    batches = make_batches(make_calibration(make_tokenizer(), Source(), samples=1, length=9), 1)
+    with pytest.raises(ShortcutError, match=r"the model gives NaN or infinity in torch\.float32"):
+        perplexity(model, batches)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
@@ -122,13 +142,25 @@ def test_check_finds_blocks_in_the_wrong_order(llama: Path, tmp_path: Path) -> N
         shortcut.check(short, **SMALL)
 
 
-def test_a_model_that_does_not_load_whole_is_refused(llama: Path, tmp_path: Path) -> None:
-    """A missing tensor stops the loading, where transformers itself would go on with random numbers."""
+@pytest.mark.parametrize(
+    ("name", "copied", "kind"),
+    [
+        ("model.layers.4.mlp.up_proj.weight", None, "missing"),
+        ("model.layers.7.mlp.up_proj.weight", "model.layers.4.mlp.up_proj.weight", "unexpected"),
+    ],
+)
+def test_a_model_that_does_not_load_whole_is_refused(
+    name: str, copied: str | None, kind: str, llama: Path, tmp_path: Path
+) -> None:
+    """A missing tensor, or one of a block too many, stops the loading: transformers itself would go on without."""
     folder = shutil.copytree(llama, tmp_path / "base")
     tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.4.mlp.up_proj.weight"]
+    if copied is None:
+        del tensors[name]
+    else:
+        tensors[name] = tensors[copied].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ShortcutError, match=r"does not load whole: 1 missing keys, such as model\.layers\.4\.mlp"):
+    with pytest.raises(ShortcutError, match=rf"does not load whole: 1 {kind} keys, such as {re.escape(name)}"):
         load_model(folder)
 
 

@@ -71,6 +71,17 @@ def test_pickled_weights_are_converted_once(
     assert open_model(base).base.model == str(base)
 
 
+def test_changed_weights_are_converted_again(llama: Path, tmp_path: Path) -> None:
+    """Other numbers in a file of the same name and size: what the cache has of the old ones is not taken for them."""
+    base = pickle_weights(llama, tmp_path / "base")
+    old, tensors = open_model(base).folder, torch.load(base / PICKLE, weights_only=True)
+    size = (base / PICKLE).stat().st_size
+    torch.save({name: 2 * tensor for name, tensor in tensors.items()}, base / PICKLE)
+    assert (base / PICKLE).stat().st_size == size
+    new = read_tensors(open_model(base).folder)
+    torch.testing.assert_close(new, {name: 2 * tensor for name, tensor in read_tensors(old).items()}, rtol=0, atol=0)
+
+
 def test_tied_weights_in_a_pickle_stay_as_they_are(llama: Path, tmp_path: Path) -> None:
     """Two names for the same memory become two tensors: what is there is copied, nothing is guessed."""
     base = pickle_weights(llama, tmp_path / "base")

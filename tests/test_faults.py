@@ -76,6 +76,15 @@ def test_a_source_that_shrinks_while_it_is_copied(base: Path, tmp_path: Path, mo
     assert compare_tensors(read_checkpoint(tmp_path / "short"), read_checkpoint(source), report.plan) > 0
 
 
+def test_what_was_written_is_read_back(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that comes out without one of its tensors would load with random numbers: one line and no folder."""
+    write_file = cut_module.write_file
+    monkeypatch.setattr(cut_module, "write_file", lambda path, tensors, *rest: write_file(path, tensors[1:], *rest))
+    with pytest.raises(ShortcutError, match="does not hold what was written to it: check the disk"):
+        shortcut.cut(llama, tmp_path / "short", drop="1", quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_base_of_the_fuzzer_is_in_order(tmp_path: Path) -> None:
     """What the fuzzer spoils is itself inspected and cut."""
     make_base(tmp_path / "base")

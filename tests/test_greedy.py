@@ -18,7 +18,7 @@ from shortcut.scoring.calibration import make_batches
 from shortcut.scoring.greedy import remove_greedily
 from shortcut.scoring.metrics import METRICS
 from tests.conftest import DEPTH
-from tests.reference import bypassed, logits, scores_of
+from tests.reference import bypassed, cosine, logits, mean_over_tokens, scores_of, states_around_blocks
 from tests.test_score import sequences_of
 
 
@@ -47,6 +47,40 @@ def test_greedy_equals_brute_force(family: str, candidates: Sequence[int], check
         assert block == min(tried, key=lambda b: tried[b])
         assert score == pytest.approx(tried[block], rel=1e-4)
         missing.append(block)
+
+
+def test_greedy_by_kl_compares_with_the_whole_model(llama: Path) -> None:
+    """At every step the predictions are compared with those of the base, not with those of what was left before."""
+    model, calibration = load_model(llama), sequences_of(9, 7)
+    removed = list(remove_greedily(Decoder.of(model), make_batches(calibration, 2), METRICS["kl-all"], 4, range(DEPTH)))
+    rows, missing = [torch.tensor(row) for row in calibration.sequences], []
+
+    def predictions(without: Sequence[int]) -> torch.Tensor:
+        with bypassed(model, without):
+            return torch.cat([torch.log_softmax(logits(model, row[None])[0].double(), -1) for row in rows])
+
+    whole = predictions(())
+    for (block, _), score in removed:
+        rest = {b: predictions([*missing, b]) for b in range(DEPTH) if b not in missing}
+        tried = {b: (whole.exp() * (whole - less)).sum(-1).mean().item() for b, less in rest.items()}
+        assert block == min(tried, key=lambda b: tried[b])
+        assert score == pytest.approx(tried[block], rel=1e-4)
+        missing.append(block)
+
+
+def test_greedy_by_states_looks_at_what_is_left(llama: Path) -> None:
+    """At every step block influence is that of a model which really lacks the blocks that went."""
+    calibration, left, model = sequences_of(9, 7), list(range(DEPTH)), load_model(llama)
+    batches = make_batches(calibration, 2)
+    removed = list(remove_greedily(Decoder.of(model), batches, METRICS["block-influence"], 4, left))
+    for (block, _), score in removed:
+        short = load_model(llama)
+        short.model.layers = torch.nn.ModuleList(short.model.layers[i] for i in left)
+        rows = [[x[0] for x in states_around_blocks(short, torch.tensor([row]))] for row in calibration.sequences]
+        turns = [mean_over_tokens(rows, place, lambda x, y: 1 - cosine(x, y)) for place in range(len(left))]
+        assert left[turns.index(min(turns))] == block
+        assert score == pytest.approx(min(turns), abs=1e-6)
+        left.remove(block)
 
 
 def test_the_first_step_is_the_lowest_score(llama: Path) -> None:

@@ -10,7 +10,7 @@ import shortcut
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
 from shortcut.scoring.calibration import make_batches
-from shortcut.scoring.metrics import METRICS, linear_replacement
+from shortcut.scoring.metrics import METRICS, Metric, linear_replacement
 from tests.conftest import DEPTH
 from tests.reference import scores_of, states_around_blocks
 from tests.test_offload import open_on_disk
@@ -66,3 +66,10 @@ def test_states_that_overflow_fail_the_run(llama: Path) -> None:
         model.model.layers[2].mlp.down_proj.weight[0, 0] = float("inf")
     with pytest.raises(ShortcutError, match=r"block 2 gives NaN or infinity in torch\.float32"):
         scores_of(model, make_batches(sequences_of(50, 50), 2), [RULE])
+
+
+def test_a_score_that_is_no_number_fails_the_run(llama: Path) -> None:
+    """A fit that comes to nothing is one line that names the metric."""
+    own = Metric("own", lambda x, y: (x - x).sum() / (y - y).sum(), "pairs", "all", "", "")
+    with pytest.raises(ShortcutError, match="own is not finite"):
+        scores_of(load_model(llama), make_batches(sequences_of(50, 50), 2), [own])

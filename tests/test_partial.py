@@ -1,5 +1,7 @@
 """A run that was killed goes on where it stopped, with the scores of one that never was."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import shortcut
 from shortcut.scoring import blocks
@@ -76,6 +79,34 @@ def test_partial_sums_are_for_the_same_run_only(llama: Path, cache: Path, walks:
         shortcut.score(llama, **options)
         assert walks.count == 6 // options["batch_size"]
     assert len(list(cache.iterdir())) == 1  # of the run that was killed
+
+
+@pytest.mark.parametrize("change", ["weights", "config", "version"])
+def test_partial_sums_are_for_the_same_model_only(
+    change: str, llama: Path, tmp_path: Path, cache: Path, walks: Walks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other weights of the same size in the same place, another config, another version: no old sum is gone on from."""
+    base, other = shutil.copytree(llama, tmp_path / "base"), shutil.copytree(llama, tmp_path / "other")
+    walks.limit = 3
+    with pytest.raises(KeyboardInterrupt):
+        shortcut.score(base, metric="l2", **TEXT)
+    walks.count, walks.limit = 0, 1000
+    for folder in (other, base):
+        if change == "weights":
+            tensors = load_file(llama / "model.safetensors")
+            save_file(
+                {name: 2 * tensor for name, tensor in tensors.items()},
+                folder / "model.safetensors",
+                metadata={"format": "pt"},
+            )
+        elif change == "config":
+            config = json.loads((llama / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    if change == "version":
+        monkeypatch.setattr("shortcut.runs.__version__", "0")
+    assert len(list(cache.iterdir())) == 1
+    assert shortcut.score(base, metric="l2", **TEXT).metrics == shortcut.score(other, metric="l2", **TEXT).metrics
+    assert walks.count == 6 + 6
 
 
 def test_what_names_a_run() -> None:

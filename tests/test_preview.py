@@ -34,6 +34,20 @@ def test_preview_equals_cut(
         assert torch.equal(greedy(base, token_ids), greedy(short, token_ids))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_preview_decodes_token_by_token(family: str, checkpoint_of: Callable[..., Path], token_ids: Tensor) -> None:
+    """A loop of one's own, whose positions follow the length of the cache, goes on rightly where block 0 is dropped."""
+    model, tokens = load_model(checkpoint_of(family)), token_ids
+    with bypassed(model, (0, 4)):
+        expected = greedy(model, token_ids, cache=False)
+    with torch.no_grad(), shortcut.preview(model, Plan.dropping(Base("", None, DEPTH), (0, 4))):
+        output = model(token_ids, use_cache=True)
+        while tokens.shape != expected.shape:
+            tokens = torch.cat([tokens, output.logits[:, -1:].argmax(-1)], 1)
+            output = model(tokens[:, -1:], past_key_values=output.past_key_values, use_cache=True)
+    assert torch.equal(tokens, expected)
+
+
 def test_preview_leaves_the_model_as_it_was(llama: Path, token_ids: Tensor) -> None:
     """Afterwards, also after an exception, weights, config, methods and logits are what they were."""
     model = load_model(llama)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import shortcut
 from shortcut.decoder import Batch, Decoder
@@ -39,13 +40,8 @@ def sequences_of(*lengths: int) -> Calibration:
     return Calibration(Source(), max(lengths), 0, False, False, tuple(rows), (0,) * len(rows))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_metrics_of_states_equal_plain_loops(family: str, checkpoint_of: Callable[..., Path]) -> None:
-    """All metrics, all blocks and all spans: the last block too, whose output is taken before the final norm."""
-    model = load_model(checkpoint_of(family))
-    calibration = sequences_of(13, 7, 11)
-    scores = scores_of(model, make_batches(calibration, 2), BEFORE_AND_AFTER)
-    states = [[state[0] for state in states_around_blocks(model, torch.tensor([row]))] for row in calibration.sequences]
+def check_against_loops(scores: dict[str, Any], states: list[list[Tensor]]) -> None:
+    """The scores equal loops over tokens in float64. states: of one sequence each, as from `states_around_blocks`."""
     for name, rule in PER_TOKEN.items():
         expected = [mean_over_tokens(states, block, rule) for block in range(DEPTH)]
         torch.testing.assert_close(scores[name], tuple(expected), rtol=1e-5, atol=1e-5)
@@ -99,6 +95,18 @@ def test_what_is_no_mean(metric: str) -> None:
         shortcut.score("m", metric=f"l2,{metric}", average="sequences")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_metrics_of_states_equal_plain_loops(family: str, checkpoint_of: Callable[..., Path]) -> None:
+    """All metrics, all blocks and all spans: the last block too, whose output is taken before the final norm."""
+    model = load_model(checkpoint_of(family))
+    calibration = sequences_of(13, 7, 11)
+    scores = scores_of(model, make_batches(calibration, 2), BEFORE_AND_AFTER)
+    check_against_loops(
+        scores,
+        [[state[0] for state in states_around_blocks(model, torch.tensor([row]))] for row in calibration.sequences],
+    )
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_batching_and_padding_change_nothing(batch_size: int, checkpoint_of: Callable[..., Path]) -> None:
     """Batches of 1, 2 and 4, which pad sequences of different lengths, give the same scores."""
@@ -150,19 +158,39 @@ def test_cosines_are_defined_everywhere() -> None:
     near = torch.randn(1000, 64)
     assert METRICS["angular"].measure(pairwise_cosines(torch.stack([near, near], 1))).isfinite().all()
     assert block_influence(near, near * 7).abs().max() < 1e-6
+    assert METRICS["relative-magnitude"].measure(torch.zeros(1, 9), torch.zeros(1, 9)).item() == 0
 
 
-def test_low_precision_does_not_change_the_arithmetic(llama: Path) -> None:
-    """Scores of a bfloat16 model are float32 arithmetic on its states: token norms of 100,000 do not overflow."""
-    model = load_model(llama, dtype="bfloat16")
-    (batch,) = make_batches(sequences_of(9, 9), 2)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_low_precision_does_not_change_the_arithmetic(dtype: str, llama: Path) -> None:
+    """Token norms of 20,000 and more, as real models have them: their squares overflow float16, and the scores do not.
+
+    Every metric and span equals float64 loops on the states as the model gives them, in its own type.
+    """
+    model = load_model(llama, dtype=dtype)
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= 4000
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight *= 1500
+            block.mlp.down_proj.weight *= 500
+    (batch,) = make_batches(sequences_of(13, 7), 2)
     with torch.inference_mode():
-        steps = [(step.before.float(), step.after.float()) for step in walk(Decoder.of(model), batch)]
-    expected = tuple((1 - torch.cosine_similarity(x, y, -1)).double().mean().item() for x, y in steps)
-    assert steps[0][0].dtype == torch.float32
-    torch.testing.assert_close(scores_of(model, [batch], [METRICS["block-influence"]])["block-influence"], expected)
-    huge = torch.full((2, 64), 20_000.0, dtype=torch.float16)
-    assert block_influence(huge.float(), huge.float()).abs().max() < 1e-6
+        steps = list(walk(Decoder.of(model), batch))
+    points = [steps[0].before, *(step.after for step in steps)]
+    states = [[point[row][mask] for point in points] for row, mask in enumerate(batch.mask)]
+    norms = torch.cat([point[batch.mask].double().norm(dim=-1) for point in points])
+    assert str(points[0].dtype) == f"torch.{dtype}"
+    assert norms.max() > 20_000
+    assert norms.median().square() > torch.finfo(torch.float16).max
+    check_against_loops(scores_of(model, [batch], BEFORE_AND_AFTER), states)
+
+
+def test_tokens_are_not_multiplied_with_tokens() -> None:
+    """Eight million tokens need memory for eight million numbers: rows are multiplied one by one, not all by all."""
+    many = torch.ones(1, 2).expand(8_000_000, 2)
+    for metric in ALL:
+        if metric.needs == "states":
+            assert metric.measure(many, many).shape == (len(many),)
 
 
 def test_activations_that_overflow_fail_the_run(llama: Path) -> None:

@@ -13,9 +13,12 @@ from shortcut.choose.trials import Trials, try_plans
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
 from shortcut.publish.plots import draw_trials
+from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import Base, Plan
 from shortcut.records.scores import Scores
-from tests.conftest import DEPTH
+from shortcut.scoring.calibration import make_calibration
+from shortcut.scoring.documents import Source
+from tests.conftest import DEPTH, make_tokenizer
 from tests.test_greedy import plain_perplexity
 from tests.test_score import sequences_of
 
@@ -57,6 +60,36 @@ def test_the_best_rule_is_carried_out(llama: Path, tmp_path: Path) -> None:
     assert report.scores.calibration["samples"] == 4
     assert str(report.trials) in str(report)
     assert (tmp_path / "short" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "bos", "seed", "count"), [("llama", False, 0, 2), ("llama", False, 3, 3), ("gemma3_text", True, 1, 2)]
+)
+def test_auto_is_never_worse_than_a_rule_it_tried(
+    family: str, bos: bool, seed: int, count: int, checkpoint_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """On the text set aside, every plan's perplexity by hooks and loops: what is carried out has the lowest of all."""
+    folder = checkpoint_of(family, bos=bos)
+    options = {"metric": "block-influence,kl,angular", "seed": seed, **TEXT}
+    report = shortcut.prune(folder, tmp_path / "short", count=count, select="auto", **options)
+    *scored, aside = make_calibration(make_tokenizer(bos=bos), Source(), samples=5, length=32, seed=seed).sequences
+    assert report.scores is not None
+    assert report.scores.calibration["samples"] == len(scored)
+    plans = {("deepest", None): tuple(range(DEPTH - count - 1, DEPTH - 1))}
+    for metric in report.scores.metrics:
+        blocks, spans = report.scores.of_blocks(metric), report.scores.of_spans(metric, count)
+        plans["lowest", metric] = tuple(sorted(sorted(range(DEPTH), key=blocks.__getitem__)[:count]))
+        start = spans.index(min(spans))
+        plans["span", metric] = tuple(range(start, start + count))
+    model = load_model(folder)
+    prices = {rule: plain_perplexity(model, [torch.tensor(aside)], dropped) for rule, dropped in plans.items()}
+    tried = {(trial.select, trial.metric): trial for trial in report.trials.trials}
+    assert {rule: trial.dropped for rule, trial in tried.items()} == {r: format_blocks(p) for r, p in plans.items()}
+    for rule, price in prices.items():
+        assert tried[rule].perplexity == pytest.approx(price, rel=1e-5)
+    assert max(prices.values()) > 1.1 * min(prices.values())  # a wrong choice would show
+    chosen = plain_perplexity(model, [torch.tensor(aside)], report.cut.plan.dropped)
+    assert chosen == min(prices.values())
 
 
 def test_several_rules_with_greedy_and_a_ratio(llama: Path, tmp_path: Path) -> None:

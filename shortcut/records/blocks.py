@@ -4,6 +4,7 @@ Blocks are numbered from 0 in the base model; `21-28` includes both ends.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from shortcut.errors import ShortcutError
@@ -24,8 +25,7 @@ def parse_blocks(text: str, depth: int | None = None) -> tuple[int, ...]:
         if last < first:
             raise ShortcutError(f"the span {part.strip()} in {text!r} runs backwards: write {last}-{first}")
         blocks.extend(range(first, last + 1))
-    twice = sorted({block for block in blocks if blocks.count(block) > 1}) if len(blocks) != len(set(blocks)) else []
-    if twice:
+    if twice := [block for block, times in Counter(blocks).items() if times > 1]:
         raise ShortcutError(f"the block list {text!r} names {format_blocks(twice)} twice")
     if depth is not None and max(blocks) >= depth:
         beyond = format_blocks(block for block in blocks if block >= depth)
