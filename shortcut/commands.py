@@ -76,10 +76,12 @@ def plan(
     if sum(map(bool, (count is not None, ratio is not None, by_hand))) != 1:
         raise ShortcutError(f"say what goes with one of --count, --ratio and {BY_HAND}")
     why: dict[str, Any] = {}
+    shielded, actions = parse_protect(protect, base.blocks, candidates), parse_actions(allow)
     if by_hand:
         moves = parse_moves(by_hand, base.blocks)
+        if early := sorted(set(moves) & set(shielded)):
+            raise ShortcutError(f"block {early[0]} cannot both go and stay: see --protect and --candidates")
     else:
-        shielded, actions = parse_protect(protect, base.blocks, candidates), parse_actions(allow)
         choices = removals(select, base.blocks, shielded, known, metric or "", actions)
         if count is not None:
             moves = pick_count(choices, count, base.blocks)

@@ -45,6 +45,8 @@ def open_model(
     Raises ShortcutError where there is no such model, and where there is no way to it.
     """
     path = Path(model).expanduser()
+    if revision is not None and path.exists():
+        raise ShortcutError(f"{path} has no revisions: --revision is for models of the Hub")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ShortcutError(f"no file {path}")

@@ -83,6 +83,7 @@ def test_documents_are_padded_and_masked(tmp_path: Path) -> None:
         (b"x" * 99, {"samples": 0}, r"--samples 0 is too small"),
         (b"x" * 99, {"length": 1}, r"--length 1 is too small"),
         (b"x" * 99, {"by_document": True}, r"holds 1 documents and --samples asks it for 3"),
+        (b"x", {"by_document": True, "samples": 1}, r"holds 0 documents and --samples asks it for 1"),
     ],
 )
 def test_too_little_or_unreadable_text_is_an_error(

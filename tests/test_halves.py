@@ -239,6 +239,8 @@ def refused(options: dict[str, Any], message: str) -> Any:
     [
         refused({"drop": "1", "mlp_only": "1"}, "block 1 cannot be both drop and mlp-only"),
         refused({"mlp_only": "0-6"}, "the plan leaves no block its attention"),
+        refused({"drop": "1", "protect": "0-2"}, "block 1 cannot both go and stay: see --protect and --candidates"),
+        refused({"drop": "1", "candidates": "2-5"}, "block 1 cannot both go and stay"),
         refused({"mlp_only": "9"}, "no block 9: the model has blocks 0-6"),
         refused({"count": 2, "drop": "1"}, "say what goes with one of --count, --ratio and --drop"),
         refused({"count": 2, "select": "deepest", "allow": "half"}, "unknown action 'half': there are drop, att"),

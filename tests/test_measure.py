@@ -14,7 +14,7 @@ import shortcut
 from shortcut.scoring.documents import Source
 
 TEXT = {"samples": 5, "length": 24, "by_document": True, "seed": 6, "split": "test", "column": "body"}
-MODEL = {"batch_size": 3, "device": "cpu", "dtype": "bfloat16", "revision": "r", "trust_remote_code": True}
+MODEL = {"batch_size": 3, "device": "cpu", "dtype": "bfloat16", "trust_remote_code": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "score": {"metric": "l2", "offload": True},
     "sweep": {"metric": "l2", "count": "1", "offload": True, "heldout": "heldout.jsonl"},
@@ -63,7 +63,6 @@ def test_what_a_command_is_told_arrives(
         rows = [json.dumps({"title": "none", "body": "lorem ipsum " * n}) for n in range(30)]
         Path(name).write_text("\n".join(rows))
     shortcut.cut(llama, "short", drop="1", quiet=True)
-    opened = spy("measure.open_model", "road.open_model")
     models = spy("offload.load_model", "checking.verify.load_model")
     texts, tokenizers = spy("scoring.calibration.make_calibration"), spy("live.load_tokenizer")
     batches = spy(*(f"{module}.make_batches" for module in ("choose.trials", "checking.verify", "scoring.calibration")))
@@ -79,7 +78,6 @@ def test_what_a_command_is_told_arrives(
     assert {tuple(call[name] for name in ("device", "dtype", "trust_remote_code")) for call in models} == {
         ("cpu", "bfloat16", True)
     }
-    assert [call["revision"] for call in opened if call["model"] == llama] == ["r"] * (command != "check")
     if "offload" in OPTIONS[command]:
         assert all(call["places"] for call in models)  # blocks on the disk
     if "max_shard_size" in OPTIONS[command]:

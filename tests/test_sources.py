@@ -17,6 +17,12 @@ def test_a_folder_is_named_by_its_full_path(llama: Path, monkeypatch: pytest.Mon
     assert open_model("base").base.model == str(llama.resolve())
 
 
+def test_a_folder_has_no_revisions(llama: Path) -> None:
+    """A revision of what has none is not recorded as if it had."""
+    with pytest.raises(ShortcutError, match="has no revisions: --revision is for models of the Hub"):
+        open_model(llama, "main")
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

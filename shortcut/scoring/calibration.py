@@ -148,7 +148,7 @@ def _make_sequences(
         tokens = tokenise(tokenizer, document, template) if document else []
         if bos and tokens[:1] == [*bos]:  # the template's own
             tokens = tokens[1:]
-        if by_document and tokens:
+        if by_document and len(tokens) > 1:  # one token has none that comes next
             pieces.append(tokens[:room])
         elif tokens:
             joined += ([tokenizer.eos_token_id] if joined and tokenizer.eos_token_id is not None else []) + tokens
