@@ -74,13 +74,14 @@ class Merger(Catcher):
 
 def last_token_only(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a block whose prompt passes by: all tokens give it keys and values, and only the last is changed by it."""
+    states = args[0] if args else kwargs["hidden_states"]
+    if states.shape[1] == 1:
+        return forward(*args, **kwargs)
     signature = inspect.signature(forward)
     given = dict(signature.bind(*args, **kwargs).arguments)
     given |= given.pop("kwargs", {})
     place = "layer_past" if "layer_past" in signature.parameters else "past_key_values"
-    states, cache = given["hidden_states"], given.get(place)
-    if states.shape[1] == 1:
-        return forward(**given)
+    cache = given.get(place)
     try:
         forward(**of_tokens(given, slice(-1)) | {place: Catcher(cache)})
     except Stored as stored:
