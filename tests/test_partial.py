@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,37 @@ def test_a_killed_run_goes_on(killed_after: int, llama: Path, cache: Path, walks
     walks.limit = 1000
     assert shortcut.score(llama, **options) == expected
     assert walks.count == 6 + 2 * 6
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(("metric", "killed_after"), [("taylor", 3), ("taylor", 6), ("linear-replacement", 9)])
+def test_what_takes_long_goes_on(
+    metric: str, killed_after: int, llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients and fits go on at the block where the run was killed, bit for bit; none is had twice."""
+    place = {"taylor": "gradients._backward", "linear-replacement": "pairs._together"}[metric]
+    module, name = import_module(f"shortcut.scoring.{place.partition('.')[0]}"), place.partition(".")[2]
+    real, calls = getattr(module, name), []
+    limit = 10_000
+
+    def counting(*arguments: Any) -> Any:
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        calls.append(0)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, name, counting)
+    options = {"metric": f"{metric},l2", **TEXT, "batch_size": 6, "length": 40}
+    expected = shortcut.score(llama, **options)
+    whole = len(calls)
+    calls.clear()
+    limit = killed_after
+    with pytest.raises(KeyboardInterrupt):
+        shortcut.score(llama, **options)
+    assert len(list(cache.iterdir())) == 2
+    limit = 10_000
+    assert shortcut.score(llama, **options) == expected
+    assert whole <= len(calls) < whole + 8
     assert list(cache.iterdir()) == []
 
 

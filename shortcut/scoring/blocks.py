@@ -50,9 +50,9 @@ def score_blocks(
     if walked:
         parts.append(score_walked(decoder, batches, walked, allow, partials=partials, quiet=quiet))
     if of_pairs:
-        parts.append({"drop": dict(score_pairs(decoder, batches, of_pairs, quiet=quiet))})
+        parts.append({"drop": dict(score_pairs(decoder, batches, of_pairs, partials=partials, quiet=quiet))})
     if of_weights:
-        parts.append(score_weights(decoder, batches, of_weights, allow, quiet=quiet))
+        parts.append(score_weights(decoder, batches, of_weights, allow, partials=partials, quiet=quiet))
     return {
         action: {m.name: part[action][m.name] for m in metrics for part in parts if m.name in part[action]}
         for action in allow

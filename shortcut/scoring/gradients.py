@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from shortcut.decoder import Batch, Call, Decoder
 from shortcut.errors import ShortcutError
 from shortcut.offload import resident
-from shortcut.processes import add_up, share
+from shortcut.processes import add_up, are_several, share
 from shortcut.progress import track
 from shortcut.records.actions import Action
 from shortcut.records.scores import Measured
 from shortcut.scoring.metrics import Metric
-from shortcut.scoring.walk import run_together, walk
+from shortcut.scoring.partial import Partial, Partials
+from shortcut.scoring.sums import key
+from shortcut.scoring.walk import NOTHING, run_together, walk
 
 ROWS_AT_ONCE = 256  # whose logits, and their gradients, are in memory together
 
@@ -31,20 +33,23 @@ def score_weights(
     metrics: Sequence[Metric],
     allow: Sequence[Action],
     *,
-    quiet: bool = True,
+    partials: Partials | None,
+    quiet: bool,
 ) -> Measured:
     """Score every block by metrics of weights and gradients: sums over all its weights that go, in float64.
 
-    Raises ShortcutError where the model's blocks cannot be run one by one, and where a gradient is not finite.
+    What needs gradients goes on from `partials`, block by block, in one process. Raises ShortcutError where the model's
+    blocks cannot be run one by one, and where a gradient is not finite.
     """
-    sums = {action: {metric.name: [0.0] * len(decoder.blocks) for metric in metrics} for action in allow}
+    names = [(action, metric) for action in allow for metric in metrics]
+    sums = {key(metric, action): torch.zeros(len(decoder.blocks), dtype=torch.float64) for action, metric in names}
 
     def add(metric: Metric, number: int, weights: Sequence[nn.Parameter], *gradients: Sequence[Tensor]) -> None:
         values = zip((weight.detach().float() for weight in weights), *gradients, strict=True)
         totals = {id(w): metric.measure(*given).double().sum().item() for w, given in zip(weights, values, strict=True)}
         for action in allow:
             going = {id(weight) for weight in decoder.weights(number, action)}
-            sums[action][metric.name][number] = math.fsum(totals[each] for each in totals if each in going)
+            sums[key(metric, action)][number] = math.fsum(totals[each] for each in totals if each in going)
 
     of_gradients = [metric for metric in metrics if metric.needs == "gradients"]
     for metric in (metric for metric in metrics if metric.needs == "weights"):
@@ -53,10 +58,11 @@ def score_weights(
                 add(metric, number, _weights(block))
     if of_gradients:
         decoder.check_alone(of_gradients[0].name)
-        for number, weights, gradients in _gradients(decoder, batches, quiet=quiet):
+        kept = partials.of(of_gradients, allow, NOTHING) if partials and not are_several() else None
+        for number, weights, gradients in _gradients(decoder, batches, sums, kept, quiet=quiet):
             for metric in of_gradients:
                 add(metric, number, weights, gradients)
-    return {action: {m.name: tuple(map(m.finish, sums[action][m.name])) for m in metrics} for action in allow}
+    return {action: {m.name: tuple(map(m.finish, sums[key(m, action)].tolist())) for m in metrics} for action in allow}
 
 
 def _weights(block: nn.Module) -> list[nn.Parameter]:
@@ -64,9 +70,12 @@ def _weights(block: nn.Module) -> list[nn.Parameter]:
 
 
 def _gradients(
-    decoder: Decoder, batches: Sequence[Batch], *, quiet: bool
+    decoder: Decoder, batches: Sequence[Batch], sums: dict[str, Tensor], partial: Partial | None, *, quiet: bool
 ) -> Iterator[tuple[int, list[nn.Parameter], list[Tensor]]]:
-    """Yield every block's number, weights, and the gradients of the loss in float32; from the last to the first."""
+    """Yield every block's number, weights, and the gradients of the loss in float32; from the last to the first.
+
+    sums: what whoever takes them adds to; they are kept in `partial`, with what the next block needs.
+    """
     with torch.no_grad(), _only_asked_for(decoder):
         total = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
         batches = share(batches)
@@ -76,7 +85,17 @@ def _gradients(
         pairs = zip(batches, kept, strict=True)
         with resident(decoder.head):
             upstream = [_loss_gradient(decoder, batch, states.pop(), total) for batch, states in pairs]
-        for number in track(range(len(decoder.blocks) - 1, -1, -1), "gradients", quiet=quiet):
+
+        def state() -> dict[str, Tensor]:
+            return sums | {f"upstream {place}": gradient for place, gradient in enumerate(upstream)}
+
+        found_before = state()
+        done = partial.restore(found_before) if partial else 0
+        sums |= {name: found_before[name] for name in sums}
+        upstream = [found_before[f"upstream {place}"].to(u.device) for place, u in enumerate(upstream)]
+        for own in kept:
+            del own[len(own) - done :]
+        for number in track(range(len(decoder.blocks) - 1 - done, -1, -1), "gradients", quiet=quiet):
             with resident(decoder.blocks[number]):
                 weights = _weights(decoder.blocks[number])
                 gradients = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
@@ -89,6 +108,8 @@ def _gradients(
                 gradients = [add_up(gradient) for gradient in gradients]
                 _check_gradients(gradients, number)
                 yield number, weights, gradients
+            if partial:
+                partial.save(state(), len(decoder.blocks) - number)
 
 
 def _keep_states(decoder: Decoder, batch: Batch, kept: list[Tensor]) -> Iterator[None]:

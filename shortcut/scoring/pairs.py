@@ -15,20 +15,21 @@ from shortcut.processes import add_up, share
 from shortcut.progress import track
 from shortcut.records.scores import Triangle
 from shortcut.scoring.metrics import Metric
+from shortcut.scoring.partial import Partials
 from shortcut.scoring.store import Budget, Store
-from shortcut.scoring.walk import check_finite, run_together, walk
+from shortcut.scoring.walk import NOTHING, WHOLE, check_finite, run_together, walk
 
 ENOUGH = 2  # times as many tokens as the states are wide: with fewer, a map fits anything
 
 
 @torch.inference_mode()
 def score_pairs(
-    decoder: Decoder, batches: Sequence[Batch], metrics: Sequence[Metric], *, quiet: bool = True
+    decoder: Decoder, batches: Sequence[Batch], metrics: Sequence[Metric], *, partials: Partials | None, quiet: bool
 ) -> dict[str, Triangle]:
     """Score every span of every length by what goes into it and comes out, over all tokens at once.
 
-    The states between all blocks are kept, in memory or in files. Raises ShortcutError for too few tokens, and where
-    the states are not finite.
+    The states between all blocks are kept, in memory or in files; fits go on from `partials`. Raises ShortcutError for
+    too few tokens, and where the states are not finite.
     """
     decoder.check_alone(metrics[0].name)
     depth, tokens = len(decoder.blocks), sum(int(batch.mask.sum()) for batch in batches)
@@ -43,12 +44,16 @@ def score_pairs(
             enough = f"{ENOUGH * width} tokens at least, {ENOUGH} times the width of the states"
             raise ShortcutError(f"{metrics[0].name} needs {enough}, and there are {tokens}: use more --samples")
         sums = {metric.name: torch.zeros(depth + 1, depth + 1, dtype=torch.float64) for metric in metrics}
-        for start in track(share(range(depth)), "fitting", quiet=quiet):
+        kept = partials.of(metrics, WHOLE, NOTHING) if partials else None
+        done, own = kept.restore(sums) if kept else 0, share(range(depth))
+        for count, start in enumerate(track(own[done:], "fitting", quiet=quiet), done + 1):
             before = _together(points[start])
             for stop in range(start + 1, depth + 1):
                 after = _together(points[stop])
                 for metric in metrics:
                     sums[metric.name][start, stop] = metric.measure(before, after).item()
+            if kept:
+                kept.save(sums, count)
     found = {}
     for metric in metrics:
         values = add_up(sums[metric.name])
