@@ -188,7 +188,13 @@ def test_a_killed_cut_leaves_nothing_that_loads(base: Path, tmp_path: Path) -> N
 def test_an_interrupted_cut_cleans_up(number: signal.Signals, base: Path, tmp_path: Path) -> None:
     """Ctrl-C and SIGTERM in mid-write end with their exit codes and leave no file behind."""
     argv = [sys.executable, "-m", "shortcut", "cut", str(base), str(tmp_path / "short"), "--drop", "9", "--quiet"]
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        argv,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # jobs in the background ignore it
+    )
     while not (tmp_path / ".short.partial").exists():
         time.sleep(0.002)
     process.send_signal(number)
