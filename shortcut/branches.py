@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shortcut.anatomy import part_of
 from shortcut.errors import ShortcutError
-from shortcut.live import LOADING_ERRORS, forwards_replaced, hidden_input, hidden_output
+from shortcut.live import LOADING_ERRORS, call_block, forwards_replaced, hidden_input, hidden_output
 from shortcut.records.actions import GONE, Half
 
 TOLERANCE = 0.01  # of the largest state: above rounding in bfloat16, far below what a wrong module does
@@ -73,9 +73,7 @@ def find_branches(
 
     def run(hidden: Tensor, silent: Collection[Half] = ()) -> Tensor:
         with forwards_replaced(found.silent(silent)):
-            if args:
-                return hidden_output(block(hidden, *args[1:], **kwargs))
-            return hidden_output(block(**{**kwargs, "hidden_states": hidden}))
+            return call_block(block, hidden, args, kwargs)
 
     found = Branches(block, {}, {})
     try:

@@ -15,12 +15,12 @@ from shortcut.errors import ShortcutError
 from shortcut.live import (
     LOADING_ERRORS,
     Model,
+    call_block,
     decode,
     device_of,
     find_blocks,
     forwards_replaced,
     hidden_input,
-    hidden_output,
     output_forms,
 )
 from shortcut.offload import is_on_disk, resident
@@ -119,11 +119,8 @@ class Decoder:
         if action == "drop":
             return hidden
         silent = {} if action == "keep" else self.branches(number).silent(GONE[action])
-        args, kwargs = call
         with forwards_replaced(silent):
-            if args:
-                return hidden_output(self.blocks[number](hidden, *args[1:], **kwargs))
-            return hidden_output(self.blocks[number](**{**kwargs, "hidden_states": hidden}))
+            return call_block(self.blocks[number], hidden, *call)
 
     def states(self, batch: Batch) -> list[Tensor]:
         """The states before every block, and those after the last: (batch, tokens, width) each."""

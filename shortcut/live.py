@@ -236,6 +236,13 @@ def hidden_output(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
+def call_block(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The states after a block that is called as it was before, but for the states that go in."""
+    if args:
+        return hidden_output(block(hidden, *args[1:], **kwargs))
+    return hidden_output(block(**{**kwargs, "hidden_states": hidden}))
+
+
 def output_forms(model: Model, ids: Tensor | None = None) -> tuple[list[Callable[[Tensor], Any]], Tensor]:
     """For every block, how it wraps the hidden states it returns; and the logits of the pass that showed it.
 

@@ -59,6 +59,16 @@ def test_savings_are_what_counters_say(
     assert sum(sizes) <= found["drop"].parameters == sum(w.numel() for w in blocks_of(model)[3].parameters())
 
 
+def test_blocks_that_are_hollow_already(llama: Path, tmp_path: Path) -> None:
+    """A block without attention has no cache to save, and can only be dropped."""
+    shortcut.cut(llama, tmp_path / "short", mlp_only="3", quiet=True)
+    found = shortcut.inspect(tmp_path / "short", quiet=True).savings
+    (whole, *_), hollow = shortcut.inspect(llama, quiet=True).savings[3], found[3]
+    half = {saving.action: saving for saving in shortcut.inspect(llama, quiet=True).savings[3]}["attention-only"]
+    assert [(s.action, s.cache, s.prefill, s.decode) for s in hollow] == [("drop", 0, half.prefill, half.decode)]
+    assert found[2][0] == whole
+
+
 def test_what_cannot_be_told(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
     """A family whose halves are not known can only be dropped; what a config does not say is left open."""
     shutil.copytree(checkpoint_of("llama"), tmp_path / "other")

@@ -60,7 +60,7 @@ def _saving(checkpoint: Checkpoint, number: int, action: Action, hollowing: Holl
         stays = 2 * (queries + 2 * keys) * int(text.get("hidden_size") or text.get("n_embd") or 0)
         return Saving(action, 0, 0, round((whole - stays) * (1 - 1 / CONTEXT)), 0)
     linear = sum(_operations(rest, tensor, text) for rest, tensor in going)
-    attends = "attention" in GONE[action]
+    attends = "attention" in GONE[action] and any(part_of(rest) == "attention" for rest, _ in tensors)
     return Saving(
         action=action,
         parameters=parameters,
