@@ -10,6 +10,8 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from ctypes import CDLL
+from ctypes.util import find_library
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -112,6 +114,8 @@ class _Resident:
         for module, _, name, tensor in self._tensors() if self.holders == 0 else ():
             self.pool[tensor.shape, tensor.dtype].append(tensor.detach())
             set_module_tensor_to_device(module, name, "meta")
+        if self.holders == 0:
+            _trim()
 
     def _tensors(self) -> list[tuple[nn.Module, Any, str, Tensor]]:
         from accelerate.utils import named_module_tensors
@@ -139,6 +143,14 @@ def _fill(memory: Tensor, weights: Any, name: str) -> None:
         with safe_open(place["safetensors_file"], framework="pt", device="cpu") as file:  # what is read stays mapped
             stored = file.get_slice(place.get("weight_name", f"{weights.prefix}{name}"))
             memory[start : start + rows].copy_(stored[start : start + rows])
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: with states of many sizes coming and going, glibc keeps hundreds of MB."""
+    library = find_library("c")
+    trim = getattr(CDLL(library), "malloc_trim", None) if library else None
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

@@ -67,6 +67,27 @@ def test_a_killed_run_goes_on(killed_after: int, llama: Path, cache: Path, walks
     assert list(cache.iterdir()) == []
 
 
+def test_a_killed_run_goes_on_where_blocks_are_on_the_disk(
+    llama: Path, cache: Path, walks: Walks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several batches go through a block for one reading of it, and such groups are what a run goes on with.
+
+    The rest may be walked in memory: it is the same run.
+    """
+    monkeypatch.setattr(blocks, "TOKENS_PER_READING", 40)  # two batches
+    options = {"metric": "kl,angular,block-influence", **TEXT}
+    expected = shortcut.score(llama, **options)
+    for offload in (True, False):
+        walks.count, walks.limit = 0, 2
+        with pytest.raises(KeyboardInterrupt):
+            shortcut.score(llama, **options, offload=True)
+        assert len(list(cache.iterdir())) == 1
+        walks.count, walks.limit = 0, 1000
+        assert shortcut.score(llama, **options, offload=offload) == expected
+        assert walks.count == (1 if offload else 2)
+        assert list(cache.iterdir()) == []
+
+
 @pytest.mark.parametrize(("metric", "killed_after"), [("taylor", 3), ("taylor", 6), ("linear-replacement", 9)])
 def test_what_takes_long_goes_on(
     metric: str, killed_after: int, llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,6 +23,8 @@ from shortcut.scoring.sums import add_batch, key, weights
 from shortcut.scoring.walk import NOTHING, run_together
 
 STATES_IN_MEMORY = 1 << 26  # bytes of hidden states, where the blocks are on the disk; the others go there too
+TOKENS_PER_READING = 1 << 12  # for which a block is read from the disk once: a processor needs far longer for them
+TOKENS_PER_READING_ON_GPU = 1 << 16
 
 
 def score_blocks(
@@ -81,16 +83,19 @@ def score_walked(
     }
     together = is_offloaded(decoder.model)
     own = share(batches)
-    groups = [own] if together else [[batch] for batch in own]
+    device = device_of(decoder.model)
+    per_reading = TOKENS_PER_READING if device.type == "cpu" else TOKENS_PER_READING_ON_GPU
     kept = partials.of(metrics, allow, done) if partials else None
-    start = kept.restore(sums) if kept else 0
-    room = STATES_IN_MEMORY if together else free_memory(device_of(decoder.model)) // 2
-    for number, group in enumerate(track(groups[start:], "scoring", quiet=quiet), start + 1):
+    through = kept.restore(sums) if kept else 0
+    groups = _groups(own[through:], per_reading if together else 1)
+    room = STATES_IN_MEMORY if together else free_memory(device) // 2
+    for group in track(groups, "scoring", quiet=quiet):
         with TemporaryDirectory(prefix="shortcut-") as folder:
             budget = Budget(room, Path(folder))
             run_together(decoder, [add_batch(decoder, b, metrics, allow, done, sums, budget) for b in group], done)
+        through += len(group)
         if kept:
-            kept.save(sums, number)
+            kept.save(sums, through)
     scores: Measured = {action: {} for action in GONE}
     for metric in metrics:
         count = sum(weights(metric, batch).sum().item() for batch in batches)
@@ -102,3 +107,16 @@ def score_walked(
                 else tuple(tuple(mean.diagonal(length).tolist()) for length in range(1, depth + 1))
             )
     return scores
+
+
+def _groups(batches: Sequence[Batch], at_least: int) -> list[list[Batch]]:
+    """Split batches into groups of at least so many tokens each, but for the last."""
+    groups: list[list[Batch]] = []
+    tokens = at_least
+    for batch in batches:
+        if tokens >= at_least:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(batch)
+        tokens += batch.ids.numel()
+    return groups

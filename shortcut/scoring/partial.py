@@ -54,20 +54,20 @@ class Partial:
     path: Path
 
     def restore(self, sums: dict[str, Tensor]) -> int:
-        """Put what is there into the sums; gives how many groups of batches are in it. A damaged file has none."""
+        """Put what is there into the sums; gives how many batches are in it. A damaged file has none."""
         try:
             content = torch.load(self.path, weights_only=True)
-            found, groups = content["sums"], int(content["groups"])
+            found, batches = content["sums"], int(content["batches"])
             if {name: tensor.shape for name, tensor in found.items()} != {name: t.shape for name, t in sums.items()}:
                 return 0
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, UnpicklingError):
             return 0
         sums |= found
-        return groups
+        return batches
 
-    def save(self, sums: Mapping[str, Tensor], groups: int) -> None:
-        """Keep the sums over so many groups of batches, whole or not at all."""
+    def save(self, sums: Mapping[str, Tensor], batches: int) -> None:
+        """Keep the sums over so many batches, whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_suffix(f".{os.getpid()}")
-        torch.save({"sums": dict(sums), "groups": groups}, fresh)
+        torch.save({"sums": dict(sums), "batches": batches}, fresh)
         fresh.replace(self.path)
