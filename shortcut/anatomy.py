@@ -114,6 +114,15 @@ def depth_fields(text: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in DEPTH_LISTS if isinstance(text.get(name), list | str))[:1]
 
 
+def visual_tokens(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids of tokens that stand for parts of images and videos. Raises ShortcutError where there are none."""
+    found = {config.get(f"{kind}_token_{word}") for kind in ("image", "video") for word in ("id", "index")}
+    ids = tuple(sorted(number for number in found if isinstance(number, int)))
+    if not ids:
+        raise ShortcutError(f"{config.get('model_type')} names no tokens of images in its config: nothing to freeze")
+    return ids
+
+
 def part_of(rest: str) -> Part:
     """Which part of a block a tensor belongs to, by its name inside the block."""
     head = rest.split(".")[0]

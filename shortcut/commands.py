@@ -12,8 +12,8 @@ from shortcut.choose.rules import Select, parse_protect, parse_ratio, pick_count
 from shortcut.errors import ShortcutError
 from shortcut.presets import PresetName, with_presets
 from shortcut.progress import byte_bar
-from shortcut.records.actions import Action, parse_actions
-from shortcut.records.plan import LISTED, Format, Plan, format_plan, parse_moves, read_plan
+from shortcut.records.actions import LISTED, Action, parse_actions
+from shortcut.records.plan import Format, Plan, format_plan, parse_moves, read_plan
 from shortcut.records.scores import Scores, read_scores
 from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import read_json
@@ -27,7 +27,7 @@ from shortcut.text import parse_size
 if TYPE_CHECKING:
     from shortcut.scoring.metrics import MetricList
 
-BY_HAND = "--drop (or --attention-only, --mlp-only and --last-token)"
+BY_HAND = "--drop (or --attention-only, --mlp-only, --last-token and --freeze-visual)"
 
 
 def inspect(model: str | Path, *, revision: str | None = None, quiet: bool = False) -> Inspection:
@@ -48,6 +48,7 @@ def plan(
     attention_only: str | None = None,
     mlp_only: str | None = None,
     last_token: str | None = None,
+    freeze_visual: str | None = None,
     preset: PresetName | None = None,
     select: Select = "lowest",
     metric: str | None = None,
@@ -72,7 +73,7 @@ def plan(
         checkpoint = open_model(scores, revision, weights=False, quiet=quiet)
         known = None
     base = known.base if known else checkpoint.base
-    by_hand = given_moves(drop, attention_only, mlp_only, last_token)
+    by_hand = given_moves(drop, attention_only, mlp_only, last_token, freeze_visual)
     if sum(map(bool, (count is not None, ratio is not None, by_hand))) != 1:
         raise ShortcutError(f"say what goes with one of --count, --ratio and {BY_HAND}")
     why: dict[str, Any] = {}
@@ -108,6 +109,7 @@ def cut(
     attention_only: str | None = None,
     mlp_only: str | None = None,
     last_token: str | None = None,
+    freeze_visual: str | None = None,
     format: Format | None = None,  # noqa: A002  (the word on the command line)
     dry_run: bool = False,
     overwrite: bool = False,
@@ -123,7 +125,7 @@ def cut(
     Works on the files alone: any size, any number type, a few megabytes of memory. Of a model on the Hub, only what
     stays is fetched. OUT is there whole or not at all.
     """
-    by_hand = given_moves(drop, attention_only, mlp_only, last_token)
+    by_hand = given_moves(drop, attention_only, mlp_only, last_token, freeze_visual)
     if (plan is None) == (not by_hand):
         raise ShortcutError(f"say what goes with one of --plan and {BY_HAND}")
     checkpoint = open_model(model, revision, weights=False, quiet=quiet)

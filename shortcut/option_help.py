@@ -35,6 +35,7 @@ OPTION_HELP = {
     "attention_only": "the blocks that lose their MLP, by number",
     "mlp_only": "the blocks that lose their attention, by number",
     "last_token": "the blocks that all tokens of a prompt but the last pass by, by number: faster to prompt, as large",
+    "freeze_visual": "the blocks that leave the tokens of images as they are, by number: faster to prompt, as large",
     "format": "how blocks that lose a half are written: custom, without its tensors and with a modeling file inside; "
     "zeroed, with zeros in their place, for any runtime, as large as before; decilm, without its tensors, "
     "as DeciLMForCausalLM, for Llama and Mistral alone: vLLM, SGLang and TensorRT-LLM have code for it, which was read "

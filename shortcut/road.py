@@ -63,6 +63,7 @@ def prune(
     attention_only: str | None = None,
     mlp_only: str | None = None,
     last_token: str | None = None,
+    freeze_visual: str | None = None,
     preset: PresetName | None = None,
     select: str = "lowest",
     metric: str = "block-influence",
@@ -101,7 +102,10 @@ def prune(
 
     base, target = open_model(model, revision, quiet=quiet), Path(out)
     source = Source(data, split, column, chat_template)
-    by_hand, rules = commands.given_moves(drop, attention_only, mlp_only, last_token), parse_rules(select)
+    by_hand, rules = (
+        commands.given_moves(drop, attention_only, mlp_only, last_token, freeze_visual),
+        parse_rules(select),
+    )
     metrics, actions = pick_metrics(metric, average), parse_actions(allow)
     request = Request(count, ratio, by_hand, rules, metrics, actions, protect, candidates, preset)
     limit = None if max_shard_size is None else parse_size(max_shard_size)

@@ -1,8 +1,8 @@
-"""Which architectures can lose halves of blocks, and the modeling file that such a checkpoint carries.
+"""Which architectures can lose halves of blocks or freeze images in them, and the modeling file of such a checkpoint.
 
 `data/halves.json` says, for every architecture of transformers whose hollow checkpoints a sweep found exact, which
-modules of a block belong to which half. The modeling file is `hollow.py` with the names of that architecture in it, or
-for the layout of DeciLM, `decilm.py` as it is.
+modules of a block belong to which half. The modeling file is `hollow.py`, or `shortv.py` where blocks leave the tokens
+of images as they are, with the names of that architecture in it, or for the layout of DeciLM, `decilm.py` as it is.
 """
 
 import json
@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shortcut.errors import ShortcutError
-
-PREFIX = "hollow_"
 
 
 @dataclass(frozen=True)
@@ -65,17 +63,31 @@ class Hollowing:
             for half, modules in (("attention", self.attention), ("mlp", self.mlp))
         )
         text = re.sub(r"(?<=HALVES = \{\n).*?(?=\}\n)", lambda _: halves, template, flags=re.DOTALL)
-        text = text.replace('BLOCKS = "model.layers"', f'BLOCKS = "{self.blocks}"')
-        text = text.replace('"""Llama whose', f'"""{self.family} whose').replace('"llama"', f'"{self.family}"')
-        text = text.replace("hollow_llama", PREFIX + self.family)
-        return text.replace("LlamaForCausalLM", self.architecture).replace("LlamaConfig", self.config)
+        return self._named(text, "llama", "Llama", "LlamaConfig", "LlamaForCausalLM", "model.layers")
 
     @property
     def modeling(self) -> Modeling:
-        """The modeling file and the entries of config.json that name it."""
-        classes = f"Hollow{self.config}", f"Hollow{self.architecture}"
-        settings = _settings(PREFIX + self.family, "modeling_hollow", self.auto, *classes)
-        return Modeling("modeling_hollow.py", self.code, settings)
+        """The modeling file and the entries of config.json that name it, where blocks have lost halves."""
+        return self._modeling("hollow", self.code)
+
+    @property
+    def freezing(self) -> Modeling:
+        """The modeling file and the entries of config.json that name it, where blocks leave images as they are."""
+        names = ("llava", "LLaVA", "LlavaConfig", "LlavaForConditionalGeneration", "model.language_model.layers")
+        return self._modeling("shortv", self._named(_read("shortv.py"), *names))
+
+    def _modeling(self, kind: str, code: str) -> Modeling:
+        classes = (kind.capitalize() + name for name in (self.config, self.architecture))
+        settings = _settings(f"{kind}_{self.family}", f"modeling_{kind}", self.auto, *classes)
+        return Modeling(f"modeling_{kind}.py", code, settings)
+
+    def _named(self, text: str, family: str, title: str, config: str, architecture: str, blocks: str) -> str:
+        """A modeling file with the names of this architecture in the place of those."""
+        text = text.replace(f'BLOCKS = "{blocks}"', f'BLOCKS = "{self.blocks}"').replace(
+            f'"""{title}', f'"""{self.family}'
+        )
+        text = re.sub(rf'(?<=["_]){family}"', f'{self.family}"', text)
+        return text.replace(architecture, self.architecture).replace(config, self.config)
 
 
 def _settings(family: str, module: str, auto: str, config: str, architecture: str) -> dict[str, Any]:
@@ -108,7 +120,7 @@ def hollowing_of(config: Mapping[str, Any]) -> Hollowing:
     if modeling_of(config) is not None:
         raise ShortcutError("blocks of a hollow checkpoint cannot lose more: carry a plan of all of it out on its base")
     if not can_be_hollow(config):
-        raise ShortcutError(f"{architecture} cannot lose halves of blocks: `shortcut families` lists what can")
+        raise ShortcutError(f"{architecture} cannot lose parts of blocks: `shortcut families` lists what can")
     return read_hollowings()[architecture]
 
 
@@ -122,9 +134,9 @@ def modeling_of(config: Mapping[str, Any]) -> Modeling | None:
     """The modeling file that a checkpoint of this config.json carries; None where it is none of shortcut's."""
     named = config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else ""
-    hollowing = read_hollowings().get(architecture.removeprefix("Hollow"))
-    modeling = hollowing.modeling if hollowing else DECILM
-    return modeling if config.get("auto_map") == modeling.settings["auto_map"] else None
+    hollowing = read_hollowings().get(architecture.removeprefix("Hollow").removeprefix("Shortv"))
+    known = (hollowing.modeling, hollowing.freezing) if hollowing else (DECILM,)
+    return next((modeling for modeling in known if config.get("auto_map") == modeling.settings["auto_map"]), None)
 
 
 def has_own_code(folder: Path, config: Mapping[str, Any]) -> bool:

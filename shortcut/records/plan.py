@@ -18,12 +18,11 @@ from typing import Any, Literal, get_args
 import yaml
 
 from shortcut.errors import ShortcutError
-from shortcut.records.actions import GONE, Action
+from shortcut.records.actions import GONE, LISTED, Action
 from shortcut.records.blocks import format_blocks, parse_blocks
 
 Format = Literal["custom", "zeroed", "decilm"]
 FORMAT = 1
-LISTED = tuple(action for action in GONE if action != "keep")
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,16 @@ class Plan:
     def __post_init__(self) -> None:
         if len(self.actions) != self.base.blocks:
             raise ShortcutError(f"a plan for {self.base.blocks} blocks has {len(self.actions)} actions")
-        if unknown := set(self.actions) - set(GONE):
-            raise ShortcutError(f"unknown action {sorted(unknown)[0]!r}: there are {', '.join(GONE)}")
+        if unknown := set(self.actions) - {"keep", *LISTED}:
+            raise ShortcutError(f"unknown action {sorted(unknown)[0]!r}: there are keep, {', '.join(LISTED)}")
         if not self.kept:
             raise ShortcutError(f"the plan drops all {self.base.blocks} blocks: at least one has to stay")
         if self.format not in get_args(Format):
             raise ShortcutError(f"unknown format {self.format!r}: there are {', '.join(get_args(Format))}")
         if self.format != "custom" and self.blocks("last-token"):
             raise ShortcutError(f"the format {self.format} knows no last-token blocks: they need --format custom")
+        if self.frozen and (self.hollow or self.blocks("last-token")):
+            raise ShortcutError("blocks cannot be frozen where others are attention-only, mlp-only or last-token")
         if all("attention" in GONE[action] for action in self.actions):
             raise ShortcutError("the plan leaves no block its attention: at least one has to keep it")
 
@@ -90,6 +91,11 @@ class Plan:
         return tuple(i for i, action in enumerate(self.actions) if len(GONE[action]) == 1)
 
     @property
+    def frozen(self) -> tuple[int, ...]:
+        """Blocks of the base that leave the tokens of images as they are."""
+        return self.blocks("freeze-visual")
+
+    @property
     def changes(self) -> bool:
         """Whether anything happens to any block."""
         return any(action != "keep" for action in self.actions)
@@ -97,7 +103,7 @@ class Plan:
     @property
     def needs_code(self) -> bool:
         """Whether the result needs a modeling file: it has blocks that no class of transformers builds."""
-        return self.format != "zeroed" and bool(self.hollow or self.blocks("last-token"))
+        return self.format != "zeroed" and bool(self.hollow or self.blocks("last-token") or self.frozen)
 
     @property
     def described(self) -> str:

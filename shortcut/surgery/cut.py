@@ -139,6 +139,8 @@ def shorten_config(
             from shortcut.surgery.guard import guard
 
             guard(checkpoint, config, plan.kept, code)
+    if isinstance(shortv := config.get("shortv"), dict):  # from a plan before
+        config["shortv"] = {**shortv, "blocks": [plan.kept.index(old) for old in shortv["blocks"] if old in plan.kept]}
     config = hollow_config(config, checkpoint, plan)
     if modeling_of(config) is DECILM:  # by this plan, or by one before
         check_decilm(config, {name: tensor.shape for name, tensor in carry_over(checkpoint, plan).values()})

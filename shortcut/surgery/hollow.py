@@ -1,11 +1,11 @@
-"""Half-blocks on disk: which tensors go, and the config and modeling file that build what is left."""
+"""Blocks of another kind on disk: which tensors go, and the config and modeling file that build what is left."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shortcut.anatomy import part_of
+from shortcut.anatomy import part_of, visual_tokens
 from shortcut.errors import ShortcutError
 from shortcut.modeling.hollowing import hollowing_of, modeling_of
 from shortcut.records.actions import GONE
@@ -38,12 +38,16 @@ def blanked(tensor: Tensor) -> Tensor:
 
 
 def hollow_config(config: dict[str, Any], checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """The config of a shortened model whose blocks are to be hollow as well."""
+    """The config of a shortened model whose blocks are to be hollow or frozen as well."""
     if not plan.needs_code:
         return config
     if plan.format == "decilm":
         return decilm_config(config, checkpoint, plan)
     hollowing = hollowing_of(checkpoint.config)
+    if plan.frozen:
+        blocks = [new for new, old in enumerate(plan.kept) if old in plan.frozen]
+        shortv = {"blocks": blocks, "token_ids": list(visual_tokens(checkpoint.config))}
+        return {**config, **hollowing.freezing.settings, "shortv": shortv}
     if plan.blocks("last-token") and not hollowing.last_token:
         raise ShortcutError(f"{hollowing.architecture} cannot run blocks for the last token of a prompt alone")
     config = {**config, **hollowing.modeling.settings}

@@ -1,12 +1,13 @@
 """A plan carried out on a live model, for the length of a `with` block."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from torch import Tensor, nn
 
+from shortcut.anatomy import visual_tokens
 from shortcut.decoder import Decoder
 from shortcut.errors import ShortcutError
 from shortcut.live import Model, find_blocks, forwards_replaced, hidden_input, output_forms
@@ -53,6 +54,10 @@ class Preview:
             from shortcut.modeling.hollow import last_token_only
 
             stand_ins[self.blocks[number]] = partial(last_token_only, self.blocks[number].forward)
+        if plan.frozen:
+            ids = visual_tokens(self.model.config.to_dict())
+            stand_ins |= {self.blocks[number]: _freezing(self.blocks[number]) for number in plan.frozen}
+            stand_ins[self.model] = _watching(self.model, ids)
         self._stack.enter_context(forwards_replaced(stand_ins))
         self._stack.enter_context(_without_cache_entries(self.model, plan))
 
@@ -64,6 +69,32 @@ class Preview:
 def _bypass(form: Callable[[Tensor], Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return form(hidden_input(args, kwargs))
+
+    return forward
+
+
+def _freezing(block: nn.Module) -> Callable[..., Any]:
+    from shortcut.modeling.shortv import FROZEN, run_some
+
+    own = block.forward
+
+    @wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        rows = FROZEN.get()
+        return own(*args, **kwargs) if rows is None else run_some(block, own, rows, *args, **kwargs)
+
+    return forward
+
+
+def _watching(model: Model, token_ids: Sequence[int]) -> Callable[..., Any]:
+    from shortcut.modeling.shortv import reading
+
+    own = model.forward
+
+    @wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with reading(model, token_ids, *args, **kwargs):
+            return own(*args, **kwargs)
 
     return forward
 
