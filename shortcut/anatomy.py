@@ -119,8 +119,16 @@ def visual_tokens(config: Mapping[str, Any]) -> tuple[int, ...]:
     found = {config.get(f"{kind}_token_{word}") for kind in ("image", "video") for word in ("id", "index")}
     ids = tuple(sorted(number for number in found if isinstance(number, int)))
     if not ids:
-        raise ShortcutError(f"{config.get('model_type')} names no tokens of images in its config: nothing to freeze")
+        raise ShortcutError(f"{config.get('model_type')} sees no images: its config names no tokens of images")
     return ids
+
+
+def sees_images(config: Mapping[str, Any]) -> bool:
+    """Whether a model has tokens that stand for parts of images."""
+    try:
+        return bool(visual_tokens(config))
+    except ShortcutError:
+        return False
 
 
 def part_of(rest: str) -> Part:

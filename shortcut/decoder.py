@@ -3,8 +3,9 @@
 What every block is called with is noted in a forward pass of the decoder in which recorders stand in for the blocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,14 +35,33 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and their mask, both (batch, tokens); the mask is False on padding, which is on the right."""
+    """Token ids and their mask, both (batch, tokens); the mask is False on padding, which is on the right.
+
+    visual: which tokens stand for parts of images, (batch, tokens); extra: what else the model is called with then.
+    """
 
     ids: Tensor
     mask: Tensor
+    visual: Tensor | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
-        return Batch(self.ids.to(device), self.mask.to(device))
+        extra = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.extra.items()}
+        visual = None if self.visual is None else self.visual.to(device)
+        return Batch(self.ids.to(device), self.mask.to(device), visual, extra)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model is called with. A full mask is left out: attention then takes its fastest path."""
+        mask = {} if self.mask.all() else {"attention_mask": self.mask.long()}
+        return {"input_ids": self.ids, **mask, **self.extra}
+
+    def frozen(self, action: Action) -> Tensor:
+        """Which tokens an action freezes: (batch, tokens). Raises ShortcutError where there are no images."""
+        if self.visual is None:
+            raise ShortcutError(f"{action} needs images with questions: see --data")
+        return self.visual if action == "freeze-visual" else self.mask & ~self.visual
 
 
 @dataclass(frozen=True)
@@ -105,10 +125,8 @@ class Decoder:
 
             return forward
 
-        # A full mask is left out: attention then takes its fastest path, as it does for text without padding.
-        mask = None if batch.mask.all() else batch.mask.long()
         with forwards_replaced({block: recorder(number) for number, block in enumerate(self.blocks)}):
-            decode(self.model, batch.ids, mask)
+            decode(self.model, batch.inputs)
         return [noted[number] for number in range(len(self.blocks))]
 
     def run(self, number: int, hidden: Tensor, call: Call, action: Action = "keep") -> Tensor:
@@ -122,11 +140,34 @@ class Decoder:
         with forwards_replaced(silent):
             return call_block(self.blocks[number], hidden, *call)
 
+    @staticmethod
+    def additions(calls: Sequence[Call]) -> list[Tensor | None]:
+        """What the model itself adds to the states in front of every block, given its `calls`; None for nothing.
+
+        Some families add features of images between the first blocks.
+        """
+        found: list[Tensor | None] = [None]
+        for before, now in pairwise(hidden_input(*call) for call in calls):
+            added = None if now is before else now - before.to(now.device)
+            found.append(added if added is not None and added.any() else None)
+        return found
+
+    def check_images(self, batch: Batch) -> None:
+        """Raise ShortcutError where blocks that run one by one do not make the whole of the model for this batch."""
+        with torch.no_grad():
+            states = self.states(batch)[-1][:, -1:]
+            expected = torch.log_softmax(self.model(**batch.inputs, use_cache=False).logits[:, -1].float(), dim=-1)
+            difference = (self.predict(states[:, 0]) - expected).abs().max().item()
+        if not difference <= TOLERANCE * expected.abs().max().item():
+            family = self.model.config.model_type
+            raise ShortcutError(f"blocks of {family} that see images do not run one by one: {difference:.3g} apart")
+
     def states(self, batch: Batch) -> list[Tensor]:
         """The states before every block, and those after the last: (batch, tokens, width) each."""
         calls = self.calls(batch)
         states = [hidden_input(*calls[0])]
-        for number, call in enumerate(calls):
+        for number, (call, added) in enumerate(zip(calls, self.additions(calls), strict=True)):
+            states[-1] = states[-1] if added is None else states[-1] + added
             states.append(self.run(number, states[-1], call))
         return states
 

@@ -182,6 +182,20 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise ShortcutError(f"no usable tokenizer in {folder}: {' '.join(str(error).split())[:200]}") from None
 
 
+def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """What makes inputs of images and text for a checkpoint. Raises ShortcutError where the folder has none."""
+    from transformers import AutoProcessor
+
+    trust_remote_code = trusts(folder, trust_remote_code=trust_remote_code)
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ShortcutError(f"no usable processor in {folder}: {' '.join(str(error).split())[:200]}") from None
+    if not hasattr(processor, "tokenizer"):
+        raise ShortcutError(f"the processor in {folder} reads text alone, not images")
+    return processor
+
+
 def find_blocks(model: Model) -> nn.ModuleList:
     """The list of decoder blocks of a live transformers model, in order. Raises ShortcutError as `blocks_path` does."""
     return model.get_submodule(blocks_path(model))
@@ -208,9 +222,10 @@ def find_decoder(model: Model) -> nn.Module:
     return decoder if holds_blocks else model.base_model
 
 
-def decode(model: Model, ids: Tensor, mask: Tensor | None = None) -> Any:
-    """Run the decoder without a cache on token ids: (batch, tokens)."""
-    return find_decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+def decode(model: Model, inputs: Mapping[str, Any]) -> Any:
+    """Run the decoder without a cache; where images are among the inputs, with the towers that see them."""
+    decoder = model.base_model if set(inputs) - {"input_ids", "attention_mask"} else find_decoder(model)
+    return decoder(**inputs, use_cache=False)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from shortcut.errors import ShortcutError
 from shortcut.presets import PresetName, with_presets
 from shortcut.processes import is_writer, writer_first
 from shortcut.progress import say
-from shortcut.records.actions import parse_actions
+from shortcut.records.actions import FREEZING, parse_actions
 from shortcut.records.blocks import parse_blocks
 from shortcut.records.scores import Average, Scores, format_scores
 from shortcut.scoring.documents import Source
@@ -77,6 +77,7 @@ def score(
         check_greedy(metrics[0], greedy, len(may_go), checkpoint.base.blocks, actions)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document, **trust}
+    text["images"] = bool(set(actions) & set(FREEZING))
     calibration = runs.take_text(checkpoint, Source(data, split, column, chat_template), samples, **text)
     parts = split_evenly(calibration, stability) if stability else []
     noted: dict[str, Any] = {} if preset is None else {"preset": preset}
@@ -140,6 +141,8 @@ def sweep(
     from shortcut.scoring.metrics import pick_metrics
 
     metrics, rules, actions = pick_metrics(metric, average), parse_rules(select), parse_actions(allow)
+    if set(actions) & set(FREEZING):
+        raise ShortcutError(f"sweep compares perplexities, of which {allow} says nothing: see score, freeze and demo")
     pick_dtype(dtype, pick_device(device))
     runs.check_files(out, plot)
     checkpoint = open_model(model, revision, quiet=quiet)
@@ -206,6 +209,7 @@ def check(
     if carried_out is not None:
         original = open_model(base or carried_out.base.model, revision or carried_out.base.revision, quiet=quiet)
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document}
+    text["images"] = carried_out is not None and bool(carried_out.frozen)
     source = Source(data, split, column, chat_template)
     heldout = runs.take_text(short, source, samples, trust_remote_code=trust_remote_code, **text)
     return check_checkpoint(

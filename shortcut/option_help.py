@@ -12,7 +12,8 @@ OPTION_HELP = {
     "preset": "a published method: its options are the defaults, and what is given beside it wins",
     "data": "text: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a Hub id (org/name or org/name:subset), "
     '"default" (embedded prose) or "heldout" (other embedded prose); several, with commas, give equal shares of the '
-    'sequences, or as they are weighted: "3*a.txt,b.jsonl"',
+    'sequences, or as they are weighted: "3*a.txt,b.jsonl"; for models that see, also files and data sets with images '
+    '(or their paths or addresses) and questions, and "drawings", which come with the package',
     "heldout": "text for the perplexity before and after, as for --data",
     "split": "split of a Hub data set",
     "column": "column that holds the text, or messages; found by itself when it is called text or messages, or stands "
@@ -35,12 +36,14 @@ OPTION_HELP = {
     "attention_only": "the blocks that lose their MLP, by number",
     "mlp_only": "the blocks that lose their attention, by number",
     "last_token": "the blocks that all tokens of a prompt but the last pass by, by number: faster to prompt, as large",
+    "blocks": 'the blocks that leave the tokens of images as they are, by number: "31,29,30"',
     "freeze_visual": "the blocks that leave the tokens of images as they are, by number: faster to prompt, as large",
     "format": "how blocks that lose a half are written: custom, without its tensors and with a modeling file inside; "
     "zeroed, with zeros in their place, for any runtime, as large as before; decilm, without its tensors, "
     "as DeciLMForCausalLM, for Llama and Mistral alone: vLLM, SGLang and TensorRT-LLM have code for it, which was read "
     "and never run here",
-    "allow": "what may be done to a block, with commas: drop it, or leave it attention-only or mlp-only",
+    "allow": "what may be done to a block, with commas: drop it, or leave it attention-only or mlp-only; alone, "
+    "freeze-visual, which leaves the tokens of images as they are in it, and to compare with, freeze-text",
     "select": "which blocks go: those that score lowest, the span that scores lowest, the deepest but the last, or the "
     "lowest one by one with the rest scored again each time; where several are tried, with commas, auto being all but "
     "greedy",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 HELDOUT_SAMPLES, HELDOUT_LENGTH = 16, 512  # sequences, and their tokens at most, when the result is checked
+HELDOUT_QUESTIONS = 64  # about images
 DEMO_SHARE = 0.2  # of the blocks
 SPEED_RUNS = 5
 
@@ -102,15 +103,13 @@ def prune(
 
     base, target = open_model(model, revision, quiet=quiet), Path(out)
     source = Source(data, split, column, chat_template)
-    by_hand, rules = (
-        commands.given_moves(drop, attention_only, mlp_only, last_token, freeze_visual),
-        parse_rules(select),
-    )
-    metrics, actions = pick_metrics(metric, average), parse_actions(allow)
+    by_hand = commands.given_moves(drop, attention_only, mlp_only, last_token, freeze_visual)
+    rules, metrics, actions = parse_rules(select), pick_metrics(metric, average), parse_actions(allow)
     request = Request(count, ratio, by_hand, rules, metrics, actions, protect, candidates, preset)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
-    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    loading, text = {"device": device, "dtype": dtype, **trust}, {"length": length, "seed": seed, **trust}
+    loading = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    images = "freeze-visual" in (*by_hand, *actions)
+    text: dict[str, Any] = {"length": length, "seed": seed, "images": images, "trust_remote_code": trust_remote_code}
 
     # What is wrong with the request is said before the long work, not after it.
     check_target(target, overwrite=overwrite, base=base.folder)
@@ -119,22 +118,21 @@ def prune(
     for plan in request.foresee(base):
         report_cut(base, replace(plan, format=format), target, limit, written=False)
     fixed = text | {"length": min(length, HELDOUT_LENGTH), "seed": 0}
-    unseen = runs.take_text(base, replace(source, data=heldout), HELDOUT_SAMPLES, **fixed)
+    number = HELDOUT_QUESTIONS if images else HELDOUT_SAMPLES
+    unseen = runs.take_text(base, replace(source, data=heldout), number, **fixed)
 
     text["by_document"] = by_document
-    plan, scores, trials = select_plan(
-        base, request, source, samples, batch_size, text=text, loading=loading | {"offload": False}, quiet=quiet
-    )
+    how: dict[str, Any] = {"text": text, "loading": {**loading, "offload": False}, "quiet": quiet}
+    plan, scores, trials = select_plan(base, request, source, samples, batch_size, **how)
     plan = replace(plan, format=format)
     cut = report_cut(base, plan, target, limit, written=True)
-    config = shorten_config(base, plan, **trust)
+    config = shorten_config(base, plan, trust_remote_code=trust_remote_code)
     with staged(target, overwrite=overwrite, base=base.folder, size=cut.bytes_after) as folder:
         with byte_bar(cut.bytes_after, "writing", quiet=quiet) as advance:
             short = write_checkpoint(base, plan, config, folder, max_shard_size=limit, advance=advance)
-        say("checking: keys, tensors, logits, perplexity before and after", quiet=quiet)
-        checked = check_checkpoint(
-            replace(short, name=str(out)), (base, plan), unseen, batch_size=batch_size, quiet=quiet, **loading
-        )
+        say("checking: keys, tensors, logits, and what it is worth, before and after", quiet=quiet)
+        short, compared = replace(short, name=str(out)), (base, plan)
+        checked = check_checkpoint(short, compared, unseen, batch_size=batch_size, quiet=quiet, **loading)
         report = PruneReport(scores, trials, cut, checked)
         _describe(folder, report)
     return report
@@ -176,7 +174,7 @@ class DemoReport:
             ["bytes", *map(format_size, (cut.bytes_before, cut.bytes_after))],
             ["prompt tokens/s", *(f"{speed.prefill:.0f}" for speed in (self.speed_base, self.speed))],
             ["new tokens/s", *(f"{speed.decode:.1f}" for speed in (self.speed_base, self.speed))],
-            ["perplexity", *(f"{value:.2f}" for value in (check.perplexity_base or 0.0, check.perplexity))],
+            *check.rows,
         ]
         return "\n".join(
             [

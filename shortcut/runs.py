@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortcut import __version__
+from shortcut.anatomy import sees_images, visual_tokens
 from shortcut.choose.rules import Select
 from shortcut.commands import plan
 from shortcut.processes import own_part
@@ -19,8 +20,8 @@ from shortcut.surgery.stage import check_file
 
 if TYPE_CHECKING:
     from shortcut.decoder import Decoder
-    from shortcut.scoring.calibration import Calibration
     from shortcut.scoring.metrics import Metric
+    from shortcut.scoring.pictures import Material
 
 
 def check_files(out: Path | None, plot: Path | None) -> None:
@@ -34,14 +35,30 @@ def check_files(out: Path | None, plot: Path | None) -> None:
 
 
 def take_text(
-    checkpoint: Checkpoint, source: Source, samples: int, *, trust_remote_code: bool, **how: Any
-) -> "Calibration":
-    """Tokenise text for a checkpoint. how: the other options of `make_calibration`, which says what can go wrong."""
-    from shortcut.live import load_tokenizer
-    from shortcut.scoring.calibration import make_calibration
+    checkpoint: Checkpoint,
+    source: Source,
+    samples: int,
+    *,
+    trust_remote_code: bool,
+    seed: int,
+    images: bool = False,
+    **how: Any,
+) -> "Material":
+    """Tokenise text for a checkpoint, or questions about images, where the source has images and the model sees them.
 
+    images: whether there have to be any. how: the other options of `make_calibration`, which says what can go wrong, as
+    does `make_pictures`.
+    """
+    from shortcut.live import load_processor, load_tokenizer
+    from shortcut.scoring.calibration import make_calibration
+    from shortcut.scoring.pictures import holds_images, make_pictures
+
+    if images or (sees_images(checkpoint.config) and holds_images(source)):
+        visual = visual_tokens(checkpoint.config)
+        processor = load_processor(checkpoint.folder, trust_remote_code=trust_remote_code)
+        return make_pictures(processor, visual, source, samples=samples, seed=seed)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    return make_calibration(tokenizer, source, samples=samples, **how)
+    return make_calibration(tokenizer, source, samples=samples, seed=seed, **how)
 
 
 def start(checkpoint: Checkpoint, **how: Any) -> AbstractContextManager[Any]:
@@ -54,7 +71,7 @@ def start(checkpoint: Checkpoint, **how: Any) -> AbstractContextManager[Any]:
 def make_scores(
     checkpoint: Checkpoint,
     live: Any,
-    calibration: "Calibration",
+    calibration: "Material",
     metrics: "Sequence[Metric]",
     batch_size: int,
     *,
@@ -72,12 +89,11 @@ def make_scores(
     from shortcut.decoder import Decoder
     from shortcut.live import device_of
     from shortcut.scoring.blocks import score_blocks
-    from shortcut.scoring.calibration import make_batches
     from shortcut.scoring.greedy import remove_greedily
     from shortcut.scoring.partial import Partials
 
     device = device_of(live)
-    batches = make_batches(calibration, batch_size, device)
+    batches = calibration.batches(batch_size, device)
     settings = {"device": str(device), "dtype": str(live.dtype).removeprefix("torch."), "batch_size": batch_size}
     settings["average"] = metrics[0].average
     partials = Partials({**settings, **identify(checkpoint), "calibration": calibration.hash, "part": own_part()})
@@ -85,6 +101,8 @@ def make_scores(
     if decoder.fault is not None:
         slow = "the whole model runs for each of them, which is slow"
         say(f"the blocks of {checkpoint.name} cannot be run one by one ({decoder.fault}): {slow}", quiet=quiet)
+    if batches[0].visual is not None:
+        decoder.check_images(batches[0])
     how: dict[str, Any] = {"allow": allow, "partials": partials, "quiet": quiet}
     found = score_blocks(decoder, batches, metrics, **how)
     halves: Measured = {action: scores for action, scores in found.items() if action != "drop"}

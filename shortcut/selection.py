@@ -57,8 +57,9 @@ class Request:
         may_go = parse_candidates(self.candidates, self.protect, len(sizes))
         order = [Move(block, action) for block in sorted(may_go, key=sizes.__getitem__) for action in self.allow]
         zeros = {metric.name: (0.0,) * len(sizes) for metric in self.metrics}
-        halves: dict[Action, tuple[int, ...]] = {"attention-only": tuple(size // 2 for size in sizes)}
-        halves["mlp-only"] = halves["attention-only"]
+        halves: dict[Action, tuple[int, ...]] = {
+            action: tuple(size // 2 for size in sizes) for action in self.allow if action != "drop"
+        }
         known: Measured = {action: dict(zeros) for action in halves}
         orders = {self.metrics[0].name: tuple(order)}
         return self.plans(Scores(base.base, base.parameters, sizes, zeros, {}, {}, orders, known, halves))
@@ -96,10 +97,8 @@ def select_plan(
     if "greedy" in request.rules:
         greedy = check_greedy(request.metrics[0], request.count, len(may_go), base.base.blocks, request.allow)
     aside = max(1, samples // 4) if request.is_open else 0
-    calibration = runs.take_text(base, source, samples + aside, **text)
-    validation = None
-    if aside:
-        calibration, validation = calibration.split(aside)
+    taken = runs.take_text(base, source, samples + aside, **text)
+    calibration, validation = taken.split(aside) if aside else (taken, None)
     say(f"scoring {base.base.blocks} blocks of {base.name} on {calibration.tokens} tokens", quiet=quiet)
     with runs.start(base, quiet=quiet, **loading) as live:
         how: dict[str, Any] = {"greedy": greedy, "share": request.share, "may_go": may_go, "quiet": quiet}

@@ -25,7 +25,7 @@ FLOORS = [
     {"runs"},
     {"measure", "selection"},
     {"road"},
-    {"recipes"},
+    {"recipes", "freezing"},
     {"cli"},
     {"__main__"},
 ]

@@ -21,9 +21,8 @@ def perplexity(model: Model, batches: Iterable[Batch]) -> float:
     """
     total, count = 0.0, 0
     for batch in batches:
-        mask = None if batch.mask.all() else batch.mask.long()
-        logits = model(input_ids=batch.ids, attention_mask=mask, use_cache=False).logits
-        scored = batch.mask[:, 1:]
+        logits = model(**batch.inputs, use_cache=False).logits
+        scored = batch.mask[:, 1:] if batch.visual is None else (batch.mask & ~batch.visual)[:, 1:]
         for row, targets, real in zip(logits, batch.ids, scored, strict=True):  # a sequence at a time: small copies
             losses = nn.functional.cross_entropy(row[:-1][real].float(), targets[1:][real], reduction="sum")
             total += losses.item()

@@ -1,22 +1,27 @@
 """Is this checkpoint what its plan says, and does it load?
 
 Three checks, each against the base: the keys when transformers loads it, the bytes of every tensor, and the logits
-against the base with its dropped blocks bypassed. The last is independent of how the files were cut.
+against the base with its dropped blocks bypassed, and its frozen tokens put back behind the blocks that freeze them.
+The last is independent of how the files were cut, and of the modeling file.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
+from shortcut.checking.answers import Answers, answer, compare_answers
 from shortcut.checking.perplexity import perplexity
 from shortcut.decoder import Batch
 from shortcut.errors import ShortcutError
-from shortcut.live import Model, load_model
+from shortcut.live import Model, find_blocks, hidden_input, hidden_output, load_model
 from shortcut.progress import track
 from shortcut.records.plan import Plan
-from shortcut.scoring.calibration import Calibration, make_batches
+from shortcut.scoring.pictures import Material, Pictures
 from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.compare import compare_tensors
 from shortcut.surgery.preview import preview
@@ -29,14 +34,16 @@ TOLERANCE = 1e-4  # of the largest logit: far above what reordered sums do, far 
 class CheckReport:
     """What was compared and what came out. The base's entries are None where no base was compared.
 
-    text: the held-out text of the perplexities, with the BOS policy. passed_by: whether there are last-token blocks.
+    text: the held-out text of the perplexities, with the BOS policy, or the questions about images that were answered
+    instead. passed_by: whether there are last-token blocks.
     """
 
     checkpoint: str
     base: str | None
     text: str
-    perplexity: float
+    perplexity: float | None
     perplexity_base: float | None
+    answers: Answers | None
     bytes_compared: int | None
     logit_difference: float | None
     passed_by: bool = False
@@ -45,25 +52,45 @@ class CheckReport:
         """Plain data, for --json."""
         return asdict(self)
 
+    @property
+    def rows(self) -> list[list[object]]:
+        """What was measured, for people: its name, the base's value where there is a base, and the checkpoint's own."""
+        found: list[tuple[str, str, float | None, float | None]] = []
+        if self.answers is None:
+            found.append(("perplexity", ".2f", self.perplexity_base, self.perplexity))
+        else:
+            found.append(("right answers", ".1%", self.answers.right_base, self.answers.right))
+            found.append(("answers like the base's", ".1%", None, self.answers.same))
+        return [
+            [name, "" if before is None else format(before, form), format(after, form)]
+            for name, form, before, after in found
+            if after is not None
+        ]
+
     def __str__(self) -> str:
         lines = [f"{self.checkpoint} loads whole: no key missing, unexpected or mismatched"]
-        if self.base is None:
-            return "\n".join([*lines, f"perplexity {self.perplexity:.2f} ({self.text})"])
-        return "\n".join(
-            [
-                *lines,
+        if self.base is not None:
+            lines += [
                 f"tensors: all {format_size(self.bytes_compared or 0)} equal to the base's",
-                f"logits differ from the base's with its dropped blocks bypassed by {self.logit_difference:.3g}",
-                f"perplexity: {self.perplexity_base:.2f} base, {self.perplexity:.2f} shortened ({self.text})",
-                *(["the text counts as a prompt there: it says nothing of generation"] if self.passed_by else []),
+                f"logits differ from the base's with its dropped blocks bypassed{self._put_back} by "
+                f"{self.logit_difference:.3g}",
             ]
-        )
+        for name, before, after in self.rows:
+            values = f": {before} base, {after} shortened" if before else f" {after}"
+            lines.append(f"{name}{values} ({self.text})")
+        if self.passed_by:
+            lines.append("the text counts as a prompt there: it says nothing of generation")
+        return "\n".join(lines)
+
+    @property
+    def _put_back(self) -> str:
+        return "" if self.answers is None else " and images put back behind its frozen ones"
 
 
 def check_checkpoint(
     short: Checkpoint,
     base: tuple[Checkpoint, Plan] | None,
-    heldout: Calibration,
+    heldout: Material,
     *,
     batch_size: int,
     quiet: bool = False,
@@ -71,45 +98,57 @@ def check_checkpoint(
 ) -> CheckReport:
     """Load a checkpoint with plain `from_pretrained` and compare it with the base that a plan was carried out on.
 
-    heldout: text for the perplexity of both. loading: as for `load_model`. One model is in memory at a time. Raises
-    ShortcutError at the first thing that is not as it should be.
+    heldout: text for the perplexity of both, or questions about images for both to answer. loading: as for
+    `load_model`. One model is in memory at a time. Raises ShortcutError at the first thing that is not as it should be.
     """
     compared = None if base is None else compare_tensors(short, *base)
     model = load_model(short.folder, **loading)
-    batches = make_batches(heldout, batch_size, model.device)
-    after = perplexity(model, track(batches, "perplexity, shortened", quiet=quiet))
+    batches = heldout.batches(batch_size, model.device)
+    measure = partial(_measure, heldout=heldout, batches=batches, batch_size=batch_size, quiet=quiet)
+    after = measure(model, "shortened")
     logits = logits_of(model, first_tokens(batches))
     del model
     difference, before = None, None
     if base is not None:
         original = load_model(base[0].folder, **loading)
         difference = compare_logits(logits, original, base[1], first_tokens(batches))
-        before = perplexity(original, track(batches, "perplexity, base", quiet=quiet))
+        before = measure(original, "base")
+    values = (after, before)
     return CheckReport(
         checkpoint=short.name,
         base=base[0].name if base else None,
         text=heldout.described,
-        perplexity=after,
-        perplexity_base=before,
+        perplexity=after if isinstance(after, float) else None,
+        perplexity_base=before if isinstance(before, float) else None,
+        answers=compare_answers(heldout, *values) if isinstance(heldout, Pictures) else None,
         bytes_compared=compared,
         logit_difference=difference,
         passed_by=base is not None and bool(base[1].blocks("last-token")),
     )
 
 
+def _measure(
+    model: Model, what: str, *, heldout: Material, batches: Sequence[Batch], batch_size: int, quiet: bool
+) -> Any:
+    """The perplexity of a model on text, or its answers to questions about images."""
+    if isinstance(heldout, Pictures):
+        return answer(model, heldout, batch_size, f"answers, {what}", quiet=quiet)
+    return perplexity(model, track(batches, f"perplexity, {what}", quiet=quiet))
+
+
 @torch.inference_mode()
 def logits_of(model: Model, batch: Batch) -> torch.Tensor:
-    """Logits of one batch on the CPU: (batch, tokens, vocabulary)."""
-    mask = None if batch.mask.all() else batch.mask.long()
-    return model(input_ids=batch.ids, attention_mask=mask, use_cache=False).logits.cpu()
+    """Logits of one batch on the CPU, of its real tokens: (tokens, vocabulary)."""
+    return model(**batch.inputs, use_cache=False).logits[batch.mask].cpu()
 
 
 def compare_logits(short: torch.Tensor, base: Model, plan: Plan, batch: Batch) -> float:
-    """Largest difference between the shortened model's logits and those of the base with its dropped blocks bypassed.
+    """Largest difference between the shortened model's logits and those of the base carrying the plan out in memory.
 
     Raises ShortcutError where it is more than rounding.
     """
-    with preview(base, plan):
+    frozen, rest = plan.frozen, ["keep" if action == "freeze-visual" else action for action in plan.actions]
+    with preview(base, replace(plan, actions=tuple(rest))), images_put_back(base, frozen, batch):
         expected = logits_of(base, batch)
     difference, scale = (short - expected).abs().max().item(), expected.abs().max().item()
     if not difference <= TOLERANCE * scale:
@@ -120,6 +159,25 @@ def compare_logits(short: torch.Tensor, base: Model, plan: Plan, batch: Batch) -
     return difference
 
 
+@contextmanager
+def images_put_back(model: Model, blocks: Sequence[int], batch: Batch) -> Iterator[None]:
+    """These blocks run for all tokens, and those of images get back what went in: slow, and plainly right."""
+
+    def put_back(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        before, after = hidden_input(args, kwargs), hidden_output(output)
+        after = torch.where(batch.frozen("freeze-visual").to(after.device)[..., None], before.to(after.device), after)
+        return after if isinstance(output, torch.Tensor) else (after, *output[1:])
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(find_blocks(model)[block].register_forward_hook(put_back, with_kwargs=True).remove)
+        yield
+
+
 def first_tokens(batches: Sequence[Batch], tokens: int = 64) -> Batch:
-    """The beginning of the first sequence, as a batch of one: enough to tell a wrong model from a right one."""
-    return Batch(batches[0].ids[:1, :tokens], batches[0].mask[:1, :tokens])
+    """The beginning of the first sequence, as a batch of one: enough to tell a wrong model from a right one.
+
+    Of questions about images, all of the first batch.
+    """
+    first = batches[0]
+    return first if first.visual is not None else Batch(first.ids[:1, :tokens], first.mask[:1, :tokens])

@@ -12,7 +12,7 @@ from shortcut.progress import track
 from shortcut.records.actions import Action
 from shortcut.records.plan import Plan
 from shortcut.records.scores import Scores
-from shortcut.scoring.calibration import Calibration, make_batches
+from shortcut.scoring.pictures import Material
 from shortcut.surgery.preview import preview
 from shortcut.text import format_count, format_table
 
@@ -75,13 +75,13 @@ class Trials:
 
 
 def try_plans(
-    model: Model, scores: Scores, plans: Sequence[Plan], text: Calibration, batch_size: int, *, quiet: bool = True
+    model: Model, scores: Scores, plans: Sequence[Plan], text: Material, batch_size: int, *, quiet: bool = True
 ) -> Trials:
     """Measure the perplexity of a live model as it is, and under each of these plans; equal plans are tried once.
 
     scores: of this model, by which the plans were made.
     """
-    batches = make_batches(text, batch_size, device_of(model))
+    batches = text.batches(batch_size, device_of(model))
     whole = Plan.dropping(scores.base, ())
     known: dict[tuple[Action, ...], float] = {}
     for plan in track((whole, *plans), "trying plans", quiet=quiet):

@@ -27,13 +27,13 @@ base's; nothing was trained.
 {table}
 ```
 
-Perplexity on {text}.
+Measured on {text}.
 
 {picture}```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, {reader}
 
-model = AutoModelForCausalLM.from_pretrained("path/or/id/of/this/model"{trust})
-tokenizer = AutoTokenizer.from_pretrained("path/or/id/of/this/model")
+model = {auto}.from_pretrained("path/or/id/of/this/model"{trust})
+{reads} = {reader}.from_pretrained("path/or/id/of/this/model"{reader_trust})
 ```
 
 Made by shortcut {version}; `plan.yaml` and `shortcut.json` say how.
@@ -45,6 +45,7 @@ _GONE: dict[Action, str] = {
     "attention-only": "{} have lost their MLP (`attention-only`)",
     "mlp-only": "{} have lost their attention (`mlp-only`)",
     "last-token": "{} are passed by all tokens of a prompt but the last (`last-token`)",
+    "freeze-visual": "{} leave the tokens of images as they are (`freeze-visual`)",
 }
 
 
@@ -59,8 +60,9 @@ def format_card(plan: Plan, cut: CutReport, check: CheckReport, *, picture: bool
         ["blocks", plan.base.blocks, len(plan.kept)],
         ["parameters", format_count(cut.parameters_before), format_count(cut.parameters_after)],
         ["bytes", format_size(cut.bytes_before), format_size(cut.bytes_after)],
-        ["perplexity", *(f"{value:.2f}" for value in (check.perplexity_base or 0, check.perplexity))],
+        *check.rows,
     ]
+    trust, sees = ", trust_remote_code=True" if plan.needs_code else "", check.answers is not None
     why = plan.why
     rule = f"chosen as `{why['select']}`" if "select" in why else "chosen by hand"
     gone = [text.format(format_blocks(plan.blocks(action))) for action, text in _GONE.items() if plan.blocks(action)]
@@ -70,7 +72,11 @@ def format_card(plan: Plan, cut: CutReport, check: CheckReport, *, picture: bool
         kept=len(plan.kept),
         depth=plan.base.blocks,
         gone=" and ".join(gone),
-        trust=", trust_remote_code=True" if plan.needs_code else "",
+        auto="AutoModelForImageTextToText" if sees else "AutoModelForCausalLM",
+        reader="AutoProcessor" if sees else "AutoTokenizer",
+        reads="processor" if sees else "tokenizer",
+        trust=trust,
+        reader_trust=trust if sees else "",
         rule=rule + (f" by the metric `{why['metric']}`" if "metric" in why else ""),
         table=format_table(["", "base", "shortened"], rows),
         text=check.text,

@@ -12,7 +12,7 @@ from shortcut.live import device_of
 from shortcut.offload import free_memory, is_offloaded
 from shortcut.processes import add_up, share
 from shortcut.progress import track
-from shortcut.records.actions import GONE, Action
+from shortcut.records.actions import FREEZING, GONE, Action
 from shortcut.records.scores import Measured
 from shortcut.scoring.gradients import score_weights
 from shortcut.scoring.metrics import Metric
@@ -46,6 +46,8 @@ def score_blocks(
     of_weights = [metric for metric in metrics if metric.needs in ("gradients", "weights")]
     of_pairs = [metric for metric in metrics if metric.needs == "pairs"]
     walked = [metric for metric in metrics if metric not in (*of_weights, *of_pairs)]
+    if (of_weights or of_pairs) and (batches[0].visual is not None or set(allow) & set(FREEZING)):
+        raise ShortcutError(f"{(of_weights + of_pairs)[0].name} is for text, and says nothing of images")
     if of_pairs and list(allow) != ["drop"]:
         raise ShortcutError(f"{of_pairs[0].name} scores whole blocks only, not {', '.join(allow)}")
     parts: list[Measured] = []
@@ -98,8 +100,10 @@ def score_walked(
             kept.save(sums, through)
     scores: Measured = {action: {} for action in GONE}
     for metric in metrics:
-        count = sum(weights(metric, batch).sum().item() for batch in batches)
         for action in GONE:
+            if action in FREEZING and action not in allow:
+                continue
+            count = sum(weights(metric, batch, action).sum().item() for batch in batches)
             mean = add_up(sums[key(metric, action)]) / count
             scores[action][metric.name] = (
                 tuple(map(metric.finish, mean.tolist()))

@@ -73,6 +73,10 @@ class Calibration:
         aside = [place for end, share in shares for place in range(end - share, end)]
         return self.take(sorted(set(range(len(self.sequences))) - set(aside))), self.take(aside)
 
+    def batches(self, batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
+        """As `make_batches`."""
+        return make_batches(self, batch_size, device)
+
     @property
     def described(self) -> str:
         """For people: the text, how much of it, and the BOS policy."""

@@ -68,7 +68,10 @@ def read_documents(source: Source, seed: int) -> Iterator[str | Conversation]:
     elif path.suffix == ".txt":
         yield _read_text(path)
     else:
-        yield from _read_rows(source, path, seed)
+        column = None
+        for row in read_rows(source, seed):
+            column = column or _pick_column(source, row)
+            yield _read_cell(source, column, row[column])
 
 
 def _read_text(path: Path) -> str:
@@ -82,9 +85,11 @@ def _read_text(path: Path) -> str:
         raise ShortcutError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _read_rows(source: Source, path: Path, seed: int) -> Iterator[str | Conversation]:
+def read_rows(source: Source, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file or Hub data set, in an order that the seed decides. Raises as `read_documents` does."""
     import datasets
 
+    path = Path(source.data)
     local = path.suffix in BUILDERS
     if local and not path.is_file():
         raise ShortcutError(f"no file {path}")
@@ -98,10 +103,7 @@ def _read_rows(source: Source, path: Path, seed: int) -> Iterator[str | Conversa
         else:
             rows = datasets.load_dataset(name, subset or None, split=source.split, streaming=True)
             rows = rows.shuffle(seed=seed, buffer_size=1000)
-        column = None
-        for row in rows:
-            column = column or _pick_column(source, row)
-            yield _read_cell(source, column, row[column])
+        yield from rows
     except (datasets.exceptions.DatasetsError, OSError, ValueError, StopIteration) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200] or "it is empty"
         raise ShortcutError(f"cannot read the data set {source.data}: {reason}") from None

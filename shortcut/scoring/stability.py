@@ -7,10 +7,10 @@ import numpy as np
 
 from shortcut.errors import ShortcutError
 from shortcut.records.scores import Scores
-from shortcut.scoring.calibration import Calibration
+from shortcut.scoring.pictures import Material
 
 
-def split_evenly(calibration: Calibration, parts: int) -> list[Calibration]:
+def split_evenly(calibration: Material, parts: int) -> list[Material]:
     """Disjoint parts of a calibration set, every one of each n-th sequence, and so of all domains alike.
 
     Raises ShortcutError for fewer than two, or more than there are sequences.

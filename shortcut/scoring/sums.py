@@ -8,7 +8,7 @@ from torch import Tensor
 from shortcut.decoder import Batch, Decoder
 from shortcut.errors import ShortcutError
 from shortcut.offload import resident
-from shortcut.records.actions import Action, Move
+from shortcut.records.actions import FREEZING, Action, Move
 from shortcut.scoring.metrics import Metric, cosine, pairwise_cosines
 from shortcut.scoring.store import Budget, Store
 from shortcut.scoring.walk import AS_IT_IS, Step, check_finite, walk
@@ -43,10 +43,10 @@ def add_batch(
         if of_steps or of_spans or decoder.fault is None:
             _check_states(step, batch)
         here = batch.to(step.after.device)
-        _add_step(step, here, of_steps, sums)
+        _add_step(step, here, of_steps, allow, sums)
         if of_spans:
             rows = _union(of_spans, here)
-            _add_halves(step, here, of_spans, sums)
+            _add_halves(step, here, of_spans, allow, sums)
             points.setdefault(0, step.before[rows])
             points[len(points)] = step.after[rows]
         yield
@@ -69,13 +69,19 @@ def chosen(metric: Metric, batch: Batch) -> Tensor:
         positions = torch.arange(batch.mask.shape[1], device=batch.mask.device)
         return positions == (positions * batch.mask).amax(1, keepdim=True)
     if metric.tokens == "followed":
-        return torch.cat([batch.mask[:, 1:], torch.zeros_like(batch.mask[:, :1])], dim=1)
+        real = batch.mask if batch.visual is None else batch.mask & ~batch.visual
+        return torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], dim=1)
     return batch.mask
 
 
-def weights(metric: Metric, batch: Batch) -> Tensor:
-    """How much every token counts in a metric's mean: (batch, tokens), float64, 0 where it does not."""
+def weights(metric: Metric, batch: Batch, action: Action = "drop") -> Tensor:
+    """How much every token counts in a metric's mean: (batch, tokens), float64, 0 where it does not.
+
+    Of what goes into blocks and comes out, only tokens count that an action freezes, where it freezes any.
+    """
     counted = chosen(metric, batch).double()
+    if action in FREEZING and metric.needs in ("states", "spans"):
+        counted = counted * batch.frozen(action)
     return counted if metric.average == "tokens" else counted / counted.sum(1, keepdim=True).clamp_min(1)
 
 
@@ -84,12 +90,12 @@ def _union(metrics: Sequence[Metric], batch: Batch) -> Tensor:
     return torch.stack([torch.zeros_like(batch.mask), *(chosen(metric, batch) for metric in metrics)]).any(0)
 
 
-def _parts(step: Step) -> dict[Action, tuple[Tensor, Tensor]]:
+def _parts(step: Step, allow: Sequence[Action]) -> dict[Action, tuple[Tensor, Tensor]]:
     """The states before and after what goes by every action: the block whole, its MLP, its attention."""
     parts: dict[Action, tuple[Tensor, Tensor]] = {"drop": (step.before, step.after)}
     if step.between is not None:
         parts |= {"attention-only": (step.between, step.after), "mlp-only": (step.before, step.between)}
-    return parts
+    return parts | {action: (step.before, step.after) for action in FREEZING if action in allow}
 
 
 def _check_states(step: Step, batch: Batch) -> None:
@@ -99,20 +105,20 @@ def _check_states(step: Step, batch: Batch) -> None:
     check_finite(step.after[batch.mask.to(step.after.device)].float(), f"block {step.block}", step.after.dtype)
 
 
-def _add_step(step: Step, batch: Batch, metrics: Sequence[Metric], sums: Sums) -> None:
-    counts = {metric.name: weights(metric, batch)[batch.mask] for metric in metrics}
-    for action, pair in _parts(step).items() if metrics else ():
+def _add_step(step: Step, batch: Batch, metrics: Sequence[Metric], allow: Sequence[Action], sums: Sums) -> None:
+    for action, pair in _parts(step, allow).items() if metrics else ():
         before, after = (states[batch.mask].float() for states in pair)
         for metric in metrics:
             values = metric.measure(before, after).double()
-            sums[key(metric, action)][step.block] += (values @ counts[metric.name]).cpu()
+            count = weights(metric, batch, action)[batch.mask]
+            sums[key(metric, action)][step.block] += (values @ count).cpu()
 
 
-def _add_halves(step: Step, batch: Batch, metrics: Sequence[Metric], sums: Sums) -> None:
-    """Metrics of spans, of the halves of one block."""
-    for action, pair in _parts(step).items():
+def _add_halves(step: Step, batch: Batch, metrics: Sequence[Metric], allow: Sequence[Action], sums: Sums) -> None:
+    """Metrics of spans, of parts of one block."""
+    for action, pair in _parts(step, allow).items():
         for metric in metrics if action != "drop" else ():
-            count = weights(metric, batch)
+            count = weights(metric, batch, action)
             before, after = (states[count > 0].float() for states in pair)
             values = metric.measure(cosine(before, after)).double()
             sums[key(metric, action)][step.block] += (values @ count[count > 0]).cpu()

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortcut.decoder import Batch, Decoder
+from shortcut.decoder import Batch, Call, Decoder
 from shortcut.errors import ShortcutError
 from shortcut.live import hidden_input, hidden_output
 from shortcut.offload import is_offloaded, resident
-from shortcut.records.actions import Action, Move, join
+from shortcut.records.actions import FREEZING, Action, Move, join
 
 TOKENS_PER_CALL = 4096  # of several streams together: more is no faster, and attention needs memory for all of them
 TOKENS_WHEN_SCARCE = 512  # where memory is too small for the model
@@ -65,28 +65,51 @@ def walk(
         yield from _walk_as_a_whole(decoder, batch, ablated, allow, done)
         return
     tokens = TOKENS_WHEN_SCARCE if is_offloaded(decoder.model) else TOKENS_PER_CALL
-    room = max(1, tokens // batch.ids.numel())
+    room = max(1, tokens // batch.ids.numel()) if batch.visual is None else 1
     calls = {1: decoder.calls(batch)}
+    additions = decoder.additions(calls[1])
     hidden = hidden_input(*calls[1][0])
     for number in running(decoder, done):
-        own, call = done.get(number, "keep"), calls[1][number]
-        after = decoder.run(number, hidden, call, own)
+        own, call, added = done.get(number, "keep"), calls[1][number], additions[number]
+        if added is not None:
+            hidden = hidden + added
+        after = _run(decoder, batch, number, hidden, call, own)
         hidden = hidden.to(after.device)  # a model may be spread over several
         if ablated is not None:
             for group in _groups(list(ablated), room):
                 copies = len(group)
                 if copies not in calls:
                     calls[copies] = decoder.calls(Batch(batch.ids.repeat(copies, 1), batch.mask.repeat(copies, 1)))
-                streams = torch.cat([ablated[move] for move in group])
-                behind = decoder.run(number, streams, calls[copies][number], own).chunk(copies)
+                streams = torch.cat([ablated[move] if added is None else ablated[move] + added for move in group])
+                behind = _run(decoder, batch, number, streams, calls[copies][number], own).chunk(copies)
                 ablated.update(zip(group, behind, strict=True))
             for action in outcomes(own, allow):
-                ablated[Move(number, action)] = decoder.run(number, hidden, call, action)
-        halved = own == "keep" and bool(set(allow) - set(WHOLE))
+                known = after if action in FREEZING and own == "keep" else None
+                ablated[Move(number, action)] = _run(decoder, batch, number, hidden, call, action, known)
+        halved = own == "keep" and bool({"attention-only", "mlp-only"} & set(allow))
         yield Step(number, hidden, after, decoder.run(number, hidden, call, "attention-only") if halved else None)
         hidden = after
     if ablated is not None:
         ablated[AS_IT_IS] = hidden
+
+
+def _run(
+    decoder: Decoder,
+    batch: Batch,
+    number: int,
+    hidden: Tensor,
+    call: Call,
+    action: Action,
+    after: Tensor | None = None,
+) -> Tensor:
+    """As `Decoder.run`, also for actions that freeze tokens. after: what the whole block makes of them, if known.
+
+    Frozen tokens change nothing for the others within the block: its output for all, with these as they were, is it.
+    """
+    if action not in FREEZING:
+        return decoder.run(number, hidden, call, action)
+    after = decoder.run(number, hidden, call) if after is None else after
+    return torch.where(batch.frozen(action).to(after.device)[..., None], hidden.to(after.device), after)
 
 
 def _walk_as_a_whole(
@@ -97,8 +120,8 @@ def _walk_as_a_whole(
     done: Mapping[int, Action],
 ) -> Iterator[Step]:
     if set(allow) - set(WHOLE):
-        decoder.check_alone("half a block")
-    blocks, mask = decoder.blocks, None if batch.mask.all() else batch.mask.long()
+        decoder.check_alone("half a block, or one that is frozen,")
+    blocks = decoder.blocks
     states: dict[int, tuple[Tensor, Tensor]] = {}
 
     def note(number: int) -> Callable[..., None]:
@@ -115,7 +138,7 @@ def _walk_as_a_whole(
         with ExitStack() as stack:
             for number, hook in hooks.items():
                 stack.callback(blocks[number].register_forward_hook(hook, with_kwargs=True).remove)
-            return decoder.model(input_ids=batch.ids, attention_mask=mask, use_cache=False).logits
+            return decoder.model(**batch.inputs, use_cache=False).logits
 
     left = running(decoder, done)
     gone = {number: hand_on for number in range(len(blocks)) if number not in left}

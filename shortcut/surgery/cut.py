@@ -83,7 +83,7 @@ class CutReport:
         return "\n".join(
             [
                 f"{verb} {self.out}",
-                f"drops  {plan.described}",
+                f"{'drops' if plan.described[0].isdigit() else 'plan '}  {plan.described}",
                 f"keeps  {format_blocks(plan.kept)} ({len(plan.kept)} of {plan.base.blocks} blocks)",
                 *(["loads with trust_remote_code=True, for the modeling file in it"] if plan.needs_code else []),
                 f"parameters {format_count(self.parameters_before)} -> {format_count(self.parameters_after)}, "
