@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shortcut.anatomy import text_config
+from shortcut.anatomy import visual_tokens as visual_tokens_of
 from shortcut.choose.rules import Select, parse_protect, parse_ratio, pick_count, pick_ratio, removals
 from shortcut.errors import ShortcutError
 from shortcut.presets import PresetName, with_presets
 from shortcut.progress import byte_bar
 from shortcut.records.actions import LISTED, Action, parse_actions
+from shortcut.records.blocks import parse_blocks
 from shortcut.records.plan import Format, Plan, format_plan, parse_moves, read_plan
 from shortcut.records.scores import Scores, read_scores
 from shortcut.sources import open_model
@@ -21,6 +24,7 @@ from shortcut.surgery.compare import Difference, compare_checkpoints, compare_te
 from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
 from shortcut.surgery.families import Families, read_families
 from shortcut.surgery.inspection import Inspection, inspect_checkpoint
+from shortcut.surgery.savings import prefill
 from shortcut.surgery.stage import RECORD, check_target, staged, write_text
 from shortcut.text import parse_size
 
@@ -30,12 +34,28 @@ if TYPE_CHECKING:
 BY_HAND = "--drop (or --attention-only, --mlp-only, --last-token and --freeze-visual)"
 
 
-def inspect(model: str | Path, *, revision: str | None = None, quiet: bool = False) -> Inspection:
+def inspect(
+    model: str | Path,
+    *,
+    frozen: str | None = None,
+    text_tokens: int = 64,
+    visual_tokens: int = 576,
+    revision: str | None = None,
+    quiet: bool = False,
+) -> Inspection:
     """Show the blocks of a model, their parameters and bytes, and what can be done to it.
 
-    Reads headers and config only; of a model on the Hub nothing else is fetched.
+    --frozen says what a prompt with images takes with these blocks frozen. Reads headers and config only; of a model on
+    the Hub nothing else is fetched.
     """
-    return inspect_checkpoint(open_model(model, revision, weights=False, quiet=quiet))
+    checkpoint = open_model(model, revision, weights=False, quiet=quiet)
+    if frozen is None:
+        return inspect_checkpoint(checkpoint)
+    if text_tokens < 1 or visual_tokens < 1:
+        raise ShortcutError("--text-tokens and --visual-tokens have to be positive")
+    visual_tokens_of(checkpoint.config)
+    blocks, (_, text) = parse_blocks(frozen, checkpoint.base.blocks), text_config(checkpoint.config)
+    return inspect_checkpoint(checkpoint, prefill(text, blocks, text_tokens, visual_tokens))
 
 
 @with_presets

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shortcut.errors import ShortcutError
-from shortcut.records.actions import Action, Move
+from shortcut.records.actions import MOVES, Action, Move
 from shortcut.records.plan import FORMAT, Base, check_format, read_base
 from shortcut.text import format_table
 
@@ -150,7 +150,7 @@ def read_scores(path: Path) -> Scores:
 
 
 def _half(name: str) -> Action:
-    return {"attention-only": "attention-only", "mlp-only": "mlp-only"}[name]  # type: ignore[return-value]
+    return {str(action): action for action in MOVES if action != "drop"}[name]
 
 
 def _read_metrics(metrics: Any, depth: int) -> dict[str, tuple[float, ...] | Triangle]:

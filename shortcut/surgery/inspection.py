@@ -7,7 +7,7 @@ from shortcut.anatomy import Part, part_of, text_config
 from shortcut.records.blocks import format_blocks
 from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.config import is_per_block, refusal
-from shortcut.surgery.savings import CONTEXT, Saving, savings
+from shortcut.surgery.savings import CONTEXT, Prefill, Saving, savings
 from shortcut.text import format_count, format_size, format_table
 
 PARTS: tuple[Part, ...] = ("attention", "mlp", "norms", "other")
@@ -50,6 +50,7 @@ class Inspection:
     blocks: tuple[Block, ...]
     savings: tuple[tuple[Saving, ...], ...]
     refusal: str | None
+    prefill: Prefill | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for --json."""
@@ -82,6 +83,7 @@ class Inspection:
                 "",
                 f"embeddings {format_count(self.embeddings.parameters)}, the rest {format_count(self.rest.parameters)}",
                 *todo,
+                *([] if self.prefill is None else ["", str(self.prefill)]),
             ]
         )
 
@@ -99,7 +101,7 @@ class Inspection:
         return ["", "what a move saves", format_table(head, rows, left=2), "", note]
 
 
-def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+def inspect_checkpoint(checkpoint: Checkpoint, prompt: Prefill | None = None) -> Inspection:
     """Count parameters and bytes, block by block and part by part; no weight is read."""
     _, text = text_config(checkpoint.config)
     depth = checkpoint.anatomy.depth
@@ -127,4 +129,5 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         blocks=tuple(blocks),
         savings=tuple(savings(checkpoint, number) for number in range(len(blocks))),
         refusal=refusal(checkpoint.config),
+        prefill=prompt,
     )

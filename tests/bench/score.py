@@ -83,7 +83,7 @@ def whole_forward(model: Model, batches: list[Batch]) -> None:
 @torch.inference_mode()
 def forward(model: Model, batches: list[Batch]) -> None:
     for batch in batches:
-        decode(model, batch.ids)
+        decode(model, batch.inputs)
 
 
 @torch.inference_mode()
