@@ -24,14 +24,15 @@ if TYPE_CHECKING:
     from shortcut.commands import inspect as inspect
     from shortcut.commands import metrics as metrics
     from shortcut.commands import plan as plan
+    from shortcut.demos import demo as demo
     from shortcut.errors import ShortcutError as ShortcutError
+    from shortcut.freezing import freeze as freeze
     from shortcut.measure import check as check
     from shortcut.measure import score as score
     from shortcut.measure import sweep as sweep
     from shortcut.recipes import run as run
     from shortcut.records.plan import Plan as Plan
     from shortcut.records.scores import Scores as Scores
-    from shortcut.road import demo as demo
     from shortcut.road import prune as prune
     from shortcut.scoring.metrics import Metric as Metric
     from shortcut.scoring.metrics import add_metric as add_metric
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
 _HOME = {
     **dict.fromkeys(("cut", "diff", "families", "inspect", "metrics", "plan"), "shortcut.commands"),
     **dict.fromkeys(("check", "score", "sweep"), "shortcut.measure"),
-    **dict.fromkeys(("demo", "prune"), "shortcut.road"),
+    "demo": "shortcut.demos",
+    "freeze": "shortcut.freezing",
+    "prune": "shortcut.road",
     **dict.fromkeys(("Metric", "add_metric"), "shortcut.scoring.metrics"),
     "Plan": "shortcut.records.plan",
     "Scores": "shortcut.records.scores",

@@ -23,7 +23,7 @@ from typing import Any, NoReturn, get_args
 
 import fire
 
-from shortcut import __version__, commands, freezing, measure, recipes, road
+from shortcut import __version__, commands, demos, freezing, measure, recipes, road
 from shortcut.arguments import Option, UsageError, bind, options_of
 from shortcut.errors import ShortcutError
 from shortcut.option_help import OPTION_HELP
@@ -45,7 +45,7 @@ COMMANDS: dict[str, Command] = {
         commands.metrics,
         commands.families,
         recipes.run,
-        road.demo,
+        demos.demo,
     )
 }
 

@@ -39,6 +39,7 @@ OPTION_HELP = {
     "frozen": "blocks that would leave the tokens of images as they are, to see what that saves",
     "text_tokens": "tokens of a prompt that are text",
     "visual_tokens": "tokens of a prompt that stand for parts of images",
+    "vision": "the demonstration with images",
     "blocks": 'the blocks that leave the tokens of images as they are, by number: "31,29,30"',
     "freeze_visual": "the blocks that leave the tokens of images as they are, by number: faster to prompt, as large",
     "format": "how blocks that lose a half are written: custom, without its tensors and with a modeling file inside; "

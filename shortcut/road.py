@@ -1,7 +1,7 @@
 """The whole road in one call: score, plan, cut, check; from options (`prune`), or as a demo."""
 
 import importlib.util
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,19 +10,17 @@ from shortcut.choose.rules import parse_rules
 from shortcut.presets import PresetName, with_presets
 from shortcut.progress import byte_bar, say
 from shortcut.records.actions import parse_actions
-from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import Format, format_plan
 from shortcut.records.scores import Average, Scores, format_scores
 from shortcut.scoring.documents import Source
 from shortcut.selection import Request, select_plan
-from shortcut.sources import embedded_model, open_model
+from shortcut.sources import open_model
 from shortcut.surgery.config import check_family
 from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
 from shortcut.surgery.stage import check_target, staged, write_text
-from shortcut.text import format_count, format_size, format_table, parse_size
+from shortcut.text import parse_size
 
 if TYPE_CHECKING:
-    from shortcut.checking.speed import Speed
     from shortcut.checking.verify import CheckReport
     from shortcut.choose.trials import Trials
 
@@ -151,61 +149,3 @@ def _describe(folder: Path, report: PruneReport) -> None:
         if picture:
             draw_scores(report.scores, folder / "scores.png", plan.actions)
     write_text(folder / "README.md", format_card(plan, report.cut, report.check, picture=picture))
-
-
-@dataclass(frozen=True)
-class DemoReport:
-    """What the demo shows beyond `prune`: tokens per second, and how to load the result."""
-
-    pruned: PruneReport
-    speed_base: "Speed"
-    speed: "Speed"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for --json."""
-        return {**self.pruned.to_dict(), "speed": {"base": asdict(self.speed_base), "shortened": asdict(self.speed)}}
-
-    def __str__(self) -> str:
-        cut, check, plan = self.pruned.cut, self.pruned.check, self.pruned.cut.plan
-        depth, kept = plan.base.blocks, len(plan.kept)
-        rows: list[list[object]] = [
-            ["blocks", depth, kept],
-            ["parameters", *map(format_count, (cut.parameters_before, cut.parameters_after))],
-            ["bytes", *map(format_size, (cut.bytes_before, cut.bytes_after))],
-            ["prompt tokens/s", *(f"{speed.prefill:.0f}" for speed in (self.speed_base, self.speed))],
-            ["new tokens/s", *(f"{speed.decode:.1f}" for speed in (self.speed_base, self.speed))],
-            *check.rows,
-        ]
-        return "\n".join(
-            [
-                str(self.pruned.scores),
-                "",
-                f"dropped  {format_blocks(plan.dropped)}",
-                f"kept     {format_blocks(plan.kept)}",
-                "",
-                format_table(["", "base", "shortened"], rows),
-                "",
-                f"perplexity on {check.text}",
-                f"speed can gain at most the ratio of blocks, {depth / kept:.2f} ({SPEED_RUNS} runs of each in turn)",
-                f"logits differ from the base's with these blocks bypassed by {check.logit_difference:.3g}",
-                "",
-                f"base       {cut.plan.base.model}",
-                f"shortened  {Path(cut.out).resolve()}  (plan.yaml, scores.json, scores.png and a model card inside)",
-                "",
-                "from transformers import AutoModelForCausalLM",
-                f'model = AutoModelForCausalLM.from_pretrained("{cut.out}")',
-            ]
-        )
-
-
-def demo(out: str = "smollm2-short", *, overwrite: bool = False, quiet: bool = False) -> DemoReport:
-    """Shorten the embedded model, SmolLM2-135M-Instruct, by a fifth, and show what that costs and gains."""
-    from shortcut.checking.speed import measure_speed
-    from shortcut.live import load_model
-
-    base = open_model(embedded_model(), quiet=quiet)
-    count = round(base.base.blocks * DEMO_SHARE)
-    pruned = prune(base.name, out, count=count, metric="block-influence,angular", overwrite=overwrite, quiet=quiet)
-    say("measuring speed", quiet=quiet)
-    before, after = measure_speed([load_model(base.folder), load_model(Path(out))], runs=SPEED_RUNS)
-    return DemoReport(pruned, before, after)

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 
 from shortcut.conversion import PICKLE, PICKLE_INDEX, convert_gguf, convert_pickles, pickles_in
@@ -34,6 +35,9 @@ _SMALL = [
     "*.tiktoken",
     "*.md",
 ]
+
+
+EMBEDDED_VISION = str(files("shortcut").joinpath("data", "tiny-llava"))  # trained by recipes/train_tiny_llava.py
 
 
 def open_model(

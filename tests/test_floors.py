@@ -26,6 +26,7 @@ FLOORS = [
     {"measure", "selection"},
     {"road"},
     {"recipes", "freezing"},
+    {"demos"},
     {"cli"},
     {"__main__"},
 ]

@@ -26,15 +26,17 @@ class Answers:
 
 
 @torch.inference_mode()
-def answer(model: Model, pictures: Pictures, batch_size: int, label: str, *, quiet: bool = True) -> list[str]:
-    """What a live model answers to every question, by greedy decoding."""
+def answer(
+    model: Model, pictures: Pictures, batch_size: int, label: str, *, tokens: int = NEW_TOKENS, quiet: bool = True
+) -> list[str]:
+    """What a live model answers to every question, by greedy decoding of so many tokens at most."""
     pairs, processor = pictures.sequences, pictures.processor
     processor.tokenizer.padding_side = "left"
     found: list[str] = []
     for start in track(range(0, len(pairs), batch_size), label, quiet=quiet):
         inputs = encode(processor, pairs[start : start + batch_size])
         inputs = {name: v.to(model.device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
-        ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         new = ids[:, inputs["input_ids"].shape[1] :]
         found += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
     return found

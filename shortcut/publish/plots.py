@@ -1,7 +1,7 @@
 """Pictures: of scores, bars for every metric of single blocks and a heat map for every metric of spans; of trials."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +89,27 @@ def check_picture(path: Path) -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ShortcutError('drawing needs matplotlib: pip install "shortcut[plot]"') from None
+
+
+def draw_curves(counts: Sequence[int], right: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Write one PNG of accuracy against the number of frozen blocks: a line per order, pale for random ones.
+
+    right: shares of right answers with so many blocks frozen. Raises ShortcutError as above.
+    """
+    figure = _start_figure(path, 1.2 * WIDTH, MAP_HEIGHT, "right answers with images frozen in some blocks")
+    axes = figure.add_subplot()
+    colours, drawn = iter(LINES), "random orders"
+    for name, values in sorted(right.items(), key=lambda item: not item[0].startswith("random")):
+        by_chance = name.startswith("random")
+        label, drawn = (drawn, "_") if by_chance else (name, drawn)
+        colour, width = ("#bbbbbb", 1) if by_chance else (next(colours), 2)
+        percent = [100 * value for value in values]
+        axes.plot(counts, percent, marker="o", markersize=3, label=label, color=colour, linewidth=width)
+    _style(axes, "", "frozen blocks", "right answers, percent")
+    _count_on(axes.xaxis)
+    axes.grid(axis="y", color=PALE, linewidth=0.8)
+    _add_legend(axes)
+    _save(figure, path)
 
 
 def _start_figure(path: Path, width: float, height: float, title: str) -> "Figure":
