@@ -130,6 +130,8 @@ def shorten_config(
         raise ShortcutError(f"{checkpoint.name} comes with code of its own: --trust-remote-code lets the guard run it")
     code = checkpoint.folder if own_code else None
     config = cut_config(checkpoint.config, checkpoint.anatomy, plan.kept, code)
+    if isinstance(shortv := config.get("shortv"), dict):  # from a plan before
+        config["shortv"] = {**shortv, "blocks": [plan.kept.index(old) for old in shortv["blocks"] if old in plan.kept]}
     if plan.dropped:
         for part in (config, *(config[key] for key in checkpoint.anatomy.config_path)):
             for field in QUANTISATION_FIELDS:
@@ -139,8 +141,6 @@ def shorten_config(
             from shortcut.surgery.guard import guard
 
             guard(checkpoint, config, plan.kept, code)
-    if isinstance(shortv := config.get("shortv"), dict):  # from a plan before
-        config["shortv"] = {**shortv, "blocks": [plan.kept.index(old) for old in shortv["blocks"] if old in plan.kept]}
     config = hollow_config(config, checkpoint, plan)
     if modeling_of(config) is DECILM:  # by this plan, or by one before
         check_decilm(config, {name: tensor.shape for name, tensor in carry_over(checkpoint, plan).values()})
