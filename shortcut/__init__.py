@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from shortcut.scoring.metrics import Metric as Metric
     from shortcut.scoring.metrics import add_metric as add_metric
     from shortcut.surgery.preview import preview as preview
+    from shortcut.talk import chat as chat
 
 _HOME = {
     **dict.fromkeys(("cut", "diff", "families", "inspect", "metrics", "plan"), "shortcut.commands"),
     **dict.fromkeys(("check", "score", "sweep"), "shortcut.measure"),
+    "chat": "shortcut.talk",
     "demo": "shortcut.demos",
     "freeze": "shortcut.freezing",
     "prune": "shortcut.road",

@@ -10,6 +10,7 @@ import yaml
 from shortcut import commands, measure
 from shortcut.arguments import UsageError, bind, options_of
 from shortcut.errors import ShortcutError
+from shortcut.freezing import freeze
 from shortcut.records.blocks import format_blocks, parse_blocks
 from shortcut.records.plan import Plan
 from shortcut.road import PruneReport, prune
@@ -20,7 +21,7 @@ RUNNABLE = {
     command.__name__: command
     for command in (
         *(commands.inspect, commands.plan, commands.cut, commands.diff),
-        *(measure.score, measure.sweep, measure.check, prune),
+        *(measure.score, measure.sweep, measure.check, prune, freeze),
     )
 }
 

@@ -21,7 +21,7 @@ FLOORS = [
     {"choose", "checking"},
     {"publish", "conversion"},
     {"sources"},
-    {"commands"},
+    {"commands", "talk"},
     {"runs"},
     {"measure", "selection"},
     {"road"},
