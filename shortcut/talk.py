@@ -8,9 +8,7 @@ from typing import Any
 
 from shortcut.anatomy import sees_images
 from shortcut.errors import ShortcutError
-from shortcut.live import load_model, load_processor, load_tokenizer
 from shortcut.progress import say
-from shortcut.scoring.pictures import open_image
 from shortcut.sources import open_model
 
 WAY_OUT = "an empty line ends the conversation"
@@ -47,6 +45,9 @@ def chat(
     Lines of stdin are what is said, until an empty one; --prompt is a single line instead. --image is shown with the
     first. Answers are the most likely ones: nothing is drawn at random.
     """
+    from shortcut.live import load_model, load_processor, load_tokenizer
+    from shortcut.scoring.pictures import open_image
+
     checkpoint = open_model(model, revision, quiet=quiet)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     sees = image is not None
