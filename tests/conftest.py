@@ -106,6 +106,25 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
     return give
 
 
+@pytest.fixture(scope="session")
+def frozen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Gives the folders of a tiny vision-language model and of its checkpoint with blocks 0, 2, 3 and 5 frozen."""
+    import shortcut
+    from tests.vision import FAMILIES, make_vision_model
+
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def give(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            make_vision_model(FAMILIES[name]).save_pretrained(folder / "base")
+            shortcut.cut(folder / "base", folder / "short", freeze_visual="0,2-3,5", quiet=True)
+            made[name] = folder / "base", folder / "short"
+        return made[name]
+
+    return give
+
+
 @pytest.fixture
 def llama(checkpoint_of: Callable[..., Path]) -> Path:
     """The tiny Llama that most tests cut: seven blocks, one file."""

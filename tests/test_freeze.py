@@ -1,10 +1,5 @@
 """Blocks that leave the tokens of images as they are: the definition by hooks, in every family, on disk and live."""
 
-import copy
-import json
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,12 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import shortcut
 from shortcut.anatomy import visual_tokens
+from shortcut.errors import ShortcutError
 from shortcut.records.plan import Base, Plan
 from tests.reference import blocks_of
-from tests.vision import DEPTH, FAMILIES, IMAGE, Segments, image_id, make_inputs, make_vision_model
+from tests.sweep.tiny import VOCABULARY, tiny_model
+from tests.vision import DEPTH, FAMILIES, IMAGE, WORDS, Segments, image_id, make_inputs
 
 FROZEN = (0, 2, 3, 5)
 PLAN = Plan.of(Base("", None, DEPTH), dict.fromkeys(FROZEN, "freeze-visual"))
@@ -28,22 +28,7 @@ ONE: list[Segments] = [[3, IMAGE, 4, IMAGE, 2]]
 THREE: list[Segments] = [[3, IMAGE, 4, IMAGE, 2], [9], [2, IMAGE, 5]]  # one of them without an image
 ALIKE: list[Segments] = [[2, IMAGE, 5], [2, IMAGE, 5]]
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-
-
-@pytest.fixture(scope="session")
-def frozen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """Gives the folders of a tiny model and of its checkpoint with frozen blocks, by family."""
-    made: dict[str, tuple[Path, Path]] = {}
-
-    def give(name: str) -> tuple[Path, Path]:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            make_vision_model(FAMILIES[name]).save_pretrained(folder / "base")
-            shortcut.cut(folder / "base", folder / "short", freeze_visual="0,2-3,5", quiet=True)
-            made[name] = folder / "base", folder / "short"
-        return made[name]
-
-    return give
+GREEDY["suppress_tokens"] = list(range(WORDS, VOCABULARY))  # no images
 
 
 def load(folder: Path, attention: str = "sdpa", **how: Any) -> Any:
@@ -63,7 +48,7 @@ def restored(model: Any, blocks: Iterable[int] = FROZEN, places: Tensor | None =
     """
     seen: list[Tensor] = []
 
-    def look(_: Any, args: Any, kwargs: Any) -> None:
+    def look(_: Any, __: Any, kwargs: Any) -> None:
         ids = kwargs.get("input_ids")
         found = places if ids is None else torch.isin(ids, torch.tensor([image_id(model)]))
         seen[:] = [] if found is None or (ids is not None and ids.shape[1] == 1) else [found[..., None]]
@@ -124,13 +109,16 @@ def test_text_alone_is_dense(name: str, frozen: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_a_mask(name: str, frozen: Callable[..., Any]) -> None:
-    """Where attention is causal and nothing is padded, blocks are given no mask."""
+    """Blocks are given no mask where nothing is padded and every token sees those in front of it, or all."""
     base, short = map(load, frozen(name))
     inputs = make_inputs(base, FAMILIES[name], ONE)
-    del inputs["attention_mask"]
-    with restored(base):
-        expected = logits(base, inputs)
-    torch.testing.assert_close(logits(short, inputs), expected, rtol=0, atol=1e-5)
+    inputs.pop("token_type_ids", None)
+    for drop in ((), ("attention_mask",)):
+        for argument in drop:
+            del inputs[argument]
+        with restored(base):
+            expected = logits(base, inputs)
+        torch.testing.assert_close(logits(short, inputs), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -162,150 +150,77 @@ def test_a_second_turn(name: str, frozen: Callable[..., Any]) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "how", [{"cache_implementation": "static", "disable_compile": True}, {"num_beams": 3}], ids=["static", "beams"]
-)
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+OTHERWISE = [(STATIC, THREE), (STATIC, ONE), ({"num_beams": 3}, THREE), ({"use_cache": False}, THREE)]
+
+
+@pytest.mark.parametrize(("how", "rows"), OTHERWISE, ids=["static", "static, no mask", "beams", "no cache"])
 @pytest.mark.parametrize("name", [*TWO_FAMILIES, "gemma3"])
-def test_other_ways_to_write(name: str, how: dict[str, Any], frozen: Callable[..., Any]) -> None:
-    """A static cache and beam search."""
+def test_other_ways_to_write(name: str, how: Any, rows: list[Segments], frozen: Callable[..., Any]) -> None:
+    """A static cache, whose room for what will be written no token may see; beam search; no cache at all."""
     base, short = map(load, frozen(name))
-    inputs = make_inputs(base, FAMILIES[name], THREE)
+    inputs = make_inputs(base, FAMILIES[name], rows)
     with restored(base):
         expected = base.generate(**inputs, **GREEDY, **how)
     assert torch.equal(short.generate(**inputs, **GREEDY, **how), expected)
 
 
-@pytest.mark.parametrize("name", TWO_FAMILIES)
-def test_gradients(name: str, frozen: Callable[..., Any]) -> None:
-    """Loss and gradients are those of the definition, also where blocks run once more for the gradients."""
-    base, short = map(load, frozen(name))
-    inputs = make_inputs(base, FAMILIES[name], THREE, side="right")
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    labels = labels.masked_fill(labels == image_id(base), -100)
-    with restored(base):
-        expected = base(**inputs, labels=labels).loss
-        expected.backward()
-    short.activation_checkpointing_enable()
-    loss = short.train()(**inputs, labels=labels, use_cache=False).loss
-    loss.backward()
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
-    wanted = {name: weight.grad for name, weight in base.named_parameters() if weight.grad is not None}
-    found = {name: weight.grad for name, weight in short.named_parameters() if weight.grad is not None}
-    assert found.keys() == wanted.keys()
-    for weight, gradient in wanted.items():
-        torch.testing.assert_close(found[weight], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, w=weight: f"{w}: {m}")
+def short_of_masks(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: Any) -> Any:
+    """Attention that takes the padding of keys in place of a mask, as flash attention does: (batch, keys)."""
+    if mask is not None and mask.dim() != 2:
+        raise ValueError("this attention takes no masks of queries and keys")
+    causal = torch.ones(1, 1, query.shape[2], key.shape[2]).tril(key.shape[2] - query.shape[2]).bool()
+    mask = causal if mask is None else causal & mask[:, None, None, :].bool()
+    return sdpa_attention_forward(module, query, key, value, mask, **how)
+
+
+@pytest.fixture
+def padding_only(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an attention that takes no mask but that of padding."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "padding_only", short_of_masks)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "padding_only", flash_attention_mask)
+    return "padding_only"
 
 
 @pytest.mark.parametrize("name", TWO_FAMILIES)
-def test_adapters(name: str, frozen: Callable[..., Any]) -> None:
-    """With LoRA on every projection, frozen blocks are as defined, and the merged model is the adapted one."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.[qkvo]_proj", init_lora_weights=False)
-    adapted = []
-    for model in map(load, frozen(name)):
-        torch.manual_seed(3)
-        adapted.append(peft.get_peft_model(model, config))
-    base = adapted[0].get_base_model()
-    inputs = make_inputs(base, FAMILIES[name], THREE)
-    before = logits(load(frozen(name)[1]), inputs)
-    with restored(base):
-        expected = logits(base, inputs)
-    torch.testing.assert_close(logits(adapted[1], inputs), expected, rtol=0, atol=1e-4)
-    assert (before - expected).abs().max() > 0.1
-    torch.testing.assert_close(logits(adapted[1].merge_and_unload(), inputs), expected, rtol=0, atol=1e-4)
+def test_attention_that_takes_no_mask(name: str, frozen: Callable[..., Any], padding_only: str) -> None:
+    """A prompt with images is read by sdpa and all else by what was asked for; gradients are refused."""
+    model, short = (load(frozen(name)[1], how) for how in ({"text_config": padding_only}, "sdpa"))
+    config = model.config.get_text_config()
+    assert config._attn_implementation == padding_only
+    for rows in (ONE, THREE):
+        inputs = make_inputs(short, FAMILIES[name], rows)
+        torch.testing.assert_close(logits(model, inputs), logits(short, inputs), rtol=0, atol=1e-5)
+        assert torch.equal(model.generate(**inputs, **GREEDY), short.generate(**inputs, **GREEDY))
+        assert config._attn_implementation == padding_only
+    with pytest.raises(TypeError, match="trained with attention by sdpa or eager, not by padding_only"):
+        model.train()(**inputs)
+    assert config._attn_implementation == padding_only
 
 
-@pytest.mark.parametrize("name", TWO_FAMILIES)
-def test_copies_and_round_trips(name: str, frozen: Callable[..., Any], tmp_path: Path) -> None:
-    """Copied, pickled and saved again, it freezes the same blocks; copies stand on their own."""
-    short = load(frozen(name)[1])
-    pickled = pickle.dumps(short)  # before it is called: some towers then get hooks that cannot be pickled
-    inputs = make_inputs(short, FAMILIES[name], THREE)
-    expected = logits(short, inputs)
-    short.save_pretrained(tmp_path / "again")
-    again = load(tmp_path / "again")
-    first, second = (json.loads((f / "config.json").read_text()) for f in (frozen(name)[1], tmp_path / "again"))
-    for entry in ("shortv", "auto_map", "model_type", "architectures"):
-        assert first[entry] == second[entry]
-    for other in (copy.deepcopy(short), pickle.loads(pickled), again):
-        torch.testing.assert_close(logits(other, inputs), expected, rtol=0, atol=0)
-        other.set_frozen_blocks([])
-        assert (logits(other, inputs) - expected).abs().max() > 0.3
-    torch.testing.assert_close(logits(short, inputs), expected, rtol=0, atol=0)
+def test_other_masks_are_refused(frozen: Callable[..., Any]) -> None:
+    """Masks of other kinds than (batch, heads, queries, keys) are no masks of some tokens."""
+    short = load(frozen("llava")[1])
+    inputs = make_inputs(short, FAMILIES["llava"], ONE)
+    for block in blocks_of(short):
+        block.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {**kwargs, "attention_mask": inputs["attention_mask"]}), with_kwargs=True
+        )
+    with pytest.raises(TypeError, match="need attention by sdpa or eager"):
+        short(**inputs)
 
 
-@pytest.mark.parametrize("name", TWO_FAMILIES)
-def test_blocks_are_changed_live(name: str, frozen: Callable[..., Any], tmp_path: Path) -> None:
-    """Other blocks, and all and none of them; what is saved then loads so."""
-    base, short = map(load, frozen(name))
-    inputs = make_inputs(base, FAMILIES[name], THREE)
-    for blocks in ([], list(range(DEPTH)), [4, 1]):
-        short.set_frozen_blocks(blocks)
-        with restored(base, blocks):
-            expected = logits(base, inputs)
-        torch.testing.assert_close(logits(short, inputs), expected, rtol=0, atol=1e-5)
-    short.save_pretrained(tmp_path / "other")
-    assert load(tmp_path / "other").config.shortv["blocks"] == [1, 4]
-    torch.testing.assert_close(logits(load(tmp_path / "other"), inputs), expected, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="no block 6: the model has blocks 0-5"):
-        short.set_frozen_blocks([6])
-
-
-@pytest.mark.parametrize("name", TWO_FAMILIES)
-def test_hidden_states_of_a_prompt(name: str, frozen: Callable[..., Any]) -> None:
-    """What comes out of every block is handed over as by the base."""
-    base, short = map(load, frozen(name))
-    inputs = make_inputs(base, FAMILIES[name], ONE)
-    with restored(base), torch.no_grad():
-        expected = base(**inputs, output_hidden_states=True).hidden_states
-    with torch.no_grad():
-        found = short(**inputs, output_hidden_states=True).hidden_states
-    assert len(found) == len(expected) == DEPTH + 1
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-
-
-FRESH = """
-import sys
-sys.modules["shortcut"] = None
-sys.path = [place for place in sys.path if place != sys.argv[1]]
-import torch
-from transformers import AutoModelForImageTextToText
-model = AutoModelForImageTextToText.from_pretrained(sys.argv[2], trust_remote_code=True).eval()
-torch.save(model(**torch.load(sys.argv[3])).logits, sys.argv[4])
-"""
-
-
-@pytest.mark.parametrize("name", TWO_FAMILIES)
-def test_a_fresh_process_loads_it(name: str, frozen: Callable[..., Any], tmp_path: Path) -> None:
-    """With transformers alone, shortcut not being there."""
-    short = load(frozen(name)[1])
-    inputs = make_inputs(short, FAMILIES[name], ONE)
-    torch.save(inputs, tmp_path / "inputs.pt")
-    words = [str(Path(shortcut.__file__).parents[1]), str(frozen(name)[1]), "inputs.pt", "logits.pt"]
-    subprocess.run([sys.executable, "-I", "-c", FRESH, *words], check=True, cwd=tmp_path)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt").flatten(0, 1), logits(short, inputs))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_without_trust_it_does_not_load(name: str, frozen: Callable[..., Any]) -> None:
-    """Plain from_pretrained fails: no dense and no random model comes of it."""
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        AutoModelForImageTextToText.from_pretrained(frozen(name)[1], trust_remote_code=False)
-
-
-@pytest.mark.parametrize("name", TWO_FAMILIES)
-def test_placed_by_accelerate(name: str, frozen: Callable[..., Any], tmp_path: Path) -> None:
-    """On one device, and with weights on the disk and in memory until they are wanted."""
-    from accelerate import cpu_offload, disk_offload
-
-    short = load(frozen(name)[1])
-    inputs = make_inputs(short, FAMILIES[name], THREE)
-    expected = logits(short, inputs)
-    torch.testing.assert_close(logits(load(frozen(name)[1], device_map={"": "cpu"}), inputs), expected)
-    model = load(frozen(name)[1])
-    disk_offload(model, tmp_path / "weights", execution_device="cpu")
-    torch.testing.assert_close(logits(model, inputs), expected)
-    model = load(frozen(name)[1])
-    cpu_offload(model, execution_device="cpu")
-    torch.testing.assert_close(logits(model, inputs), expected)
+def test_blocks_without_keys_are_refused(tmp_path: Path) -> None:
+    """Blocks of another kind than attention, and families whose attention picks keys by itself, on disk and live."""
+    for name, fault in (
+        ("qwen3_5", "cannot freeze block 0 of Qwen3_5For.*: it is linear_attention .*; blocks 1,4-5 do"),
+        ("minimax_m3_vl", "MiniMaxM3SparseFor.* cannot leave the tokens of images as they are in blocks"),
+    ):
+        model = tiny_model(name, "image-text")
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(ShortcutError, match=fault):
+            shortcut.cut(tmp_path / name, tmp_path / "short", freeze_visual="0-1", quiet=True)
+        assert not (tmp_path / "short").exists()
+        plan = Plan.of(Base("", None, DEPTH), {0: "freeze-visual", 1: "freeze-visual"})
+        with pytest.raises(ShortcutError, match=fault), shortcut.preview(model, plan):
+            pass

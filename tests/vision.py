@@ -15,7 +15,7 @@ from tests.sweep.tiny import _stir, tiny_config
 
 IMAGE = "image"
 DEPTH = 6
-FIRST_WORD, WORDS = 5, 60  # ids of text, and how many: none of them is special
+FIRST_WORD, WORDS = 5, 60  # ids of text are from the first up to the second: none of them is special
 Segments = Sequence[int | str]
 Inputs = dict[str, Tensor]
 Draw = Callable[[Any, torch.Generator], Inputs]  # what the forward of a model of this config needs for one image

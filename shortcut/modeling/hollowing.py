@@ -32,7 +32,8 @@ class Hollowing:
 
     blocks: the path to the list of blocks inside the model; attention, mlp: the modules of a block that only this half
     uses, and how many values each returns, 0 being a tensor alone; by its class where that differs. kept: those that
-    stay with either. last_token: whether its blocks can run for the last token of a prompt alone.
+    stay with either. last_token: whether its blocks can run for the last token of a prompt alone;
+    freezes: whether they can leave the tokens of images as they are.
     """
 
     architecture: str
@@ -44,6 +45,7 @@ class Hollowing:
     mlp: Mapping[str, int | Mapping[str, int]]
     kept: tuple[str, ...]
     last_token: bool
+    freezes: bool = False
 
     def half_of(self, rest: str, part: str) -> Literal["attention", "mlp"] | None:
         """To which half a tensor belongs, by its name inside a block; part: what the name alone suggests."""

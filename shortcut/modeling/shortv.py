@@ -66,16 +66,20 @@ class Catcher:
 
 
 class Merger(Catcher):
-    """In place of a cache: puts these keys and values among those of the tokens that go through, and stores all."""
+    """In place of a cache: puts these keys and values among those of the tokens that go through, and stores all.
 
-    def __init__(self, cache: Any, others: tuple[Tensor, Tensor], back: Tensor) -> None:
+    alone: whether those of the prompt are all there is to see, whatever room for more the cache has.
+    """
+
+    def __init__(self, cache: Any, others: tuple[Tensor, Tensor], back: Tensor, *, alone: bool) -> None:
         super().__init__(cache)
-        self.others, self.back = others, back[:, None, :, None]
+        self.others, self.back, self.alone = others, back[:, None, :, None], alone
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         both = (torch.cat(pair, dim=-2) for pair in zip((keys, values), self.others, strict=True))
         keys, values = (torch.take_along_dim(each, self.back, dim=-2) for each in both)
-        return self.cache.update(keys, values, *args, **kwargs)
+        stored = self.cache.update(keys, values, *args, **kwargs)
+        return tuple(each[..., : self.back.shape[2], :] for each in stored) if self.alone else stored
 
 
 def run_some(block: nn.Module, forward: Callable[..., Any], rows: Rows, *args: Any, **kwargs: Any) -> Any:
@@ -90,8 +94,9 @@ def run_some(block: nn.Module, forward: Callable[..., Any], rows: Rows, *args: A
                 forward(**of_tokens(given, rows.passing) | {"attention_mask": None, "past_key_values": Catcher(cache)})
             raise TypeError(f"{type(block).__name__} stores no keys and values")
         except Stored as stored:
-            cache = Merger(cache, stored.args, rows.back)
-    output = forward(**of_tokens(given, rows.run) | {"attention_mask": mask_of(mask, rows), "past_key_values": cache})
+            cache = Merger(cache, stored.args, rows.back, alone=mask is None)
+        given = of_tokens(given, rows.run) | {"attention_mask": mask_of(mask, rows, block), "past_key_values": cache}
+    output = forward(**given)
     alone = isinstance(output, Tensor)
     after, run = output if alone else output[0], rows.run[..., None]
     frozen, before = (torch.take_along_dim(each, run, dim=1) for each in (rows.frozen[..., None], states))
@@ -115,8 +120,10 @@ def of_tokens(given: dict[str, Any], index: Tensor) -> dict[str, Any]:
     return {name: take(value, TOKENS[name]) if name in TOKENS else value for name, value in given.items()}
 
 
-def mask_of(mask: Any, rows: Rows) -> Tensor:
-    """The attention mask for the tokens that go through. Without one, every token sees those in front of it."""
+def mask_of(mask: Any, rows: Rows, block: nn.Module) -> Tensor | None:
+    """The attention mask for the tokens that go through. Without one, every token sees those in front of it, or all."""
+    if mask is None and not all(getattr(part, "is_causal", True) for part in block.children()):
+        return None
     if mask is None:
         return (rows.run[..., None] >= torch.arange(rows.back.shape[1], device=rows.run.device))[:, None]
     if not isinstance(mask, Tensor) or mask.dim() != 4:
@@ -138,8 +145,8 @@ def without_queries(block: nn.Module) -> Iterator[None]:
 
 
 def zeros(width: int, states: Tensor) -> Tensor:
-    """Zeros that take no memory, of another width than these states."""
-    return states.new_zeros(()).expand(*states.shape[:-1], width)
+    """Zeros of another width than these states, which take the memory of one token."""
+    return states.new_zeros(width).expand(*states.shape[:-1], width)
 
 
 class Freezing:
@@ -174,11 +181,24 @@ def make_freezing(stock: Any) -> Any:
 def reading(model: Any, token_ids: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[None]:
     """While a model is called with this, its blocks know which tokens are frozen: those of these ids, and padding."""
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    before = FROZEN.set(find_frozen(model, token_ids, **given))
-    try:
+    rows = find_frozen(model, token_ids, **given)
+    with ExitStack() as stack:
+        stack.callback(FROZEN.reset, FROZEN.set(rows))
+        if rows is not None:
+            read_by_sdpa(model, stack)
         yield
-    finally:
-        FROZEN.reset(before)
+
+
+def read_by_sdpa(model: Any, stack: ExitStack) -> None:
+    """Until the stack is closed, have attention that cannot run for some tokens alone give way to sdpa."""
+    config = model.config.get_text_config(decoder=True)
+    own = config._attn_implementation
+    if own in ("sdpa", "eager", None):
+        return
+    if model.training:  # blocks may run again for gradients, when all of this is over
+        raise TypeError(f"blocks that images pass by are trained with attention by sdpa or eager, not by {own}")
+    stack.callback(setattr, config, "_attn_implementation", own)
+    config._attn_implementation = "sdpa"
 
 
 def find_frozen(

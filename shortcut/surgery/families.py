@@ -18,7 +18,8 @@ from shortcut.text import format_table
 class Family:
     """One family and task. result: exact, in part (what is not exact is refused), refused, or untried.
 
-    halves: what else its blocks can become: "halves" is attention-only and mlp-only, "last" last-token.
+    halves: what else its blocks can become: "halves" is attention-only and mlp-only, "last" last-token, "images"
+    freeze-visual.
     """
 
     name: str
@@ -56,7 +57,9 @@ def read_families() -> Families:
 
     def halves(name: str, task: str) -> str:
         found = known.get((name, tasks[task]))
-        return "" if found is None else "halves, last" if found.last_token else "halves"
+        if found is None:
+            return ""
+        return ", ".join(["halves", *["last"] * found.last_token, *["images"] * found.freezes])
 
     rows = [Family(name, task, result, why, halves(name, task)) for name, task, result, why in data["rows"]]
     return Families(data["transformers"], tuple(rows))

@@ -7,12 +7,16 @@ from typing import Any
 
 from shortcut.anatomy import part_of, visual_tokens
 from shortcut.errors import ShortcutError
+from shortcut.live import load_config
 from shortcut.modeling.hollowing import hollowing_of, modeling_of
 from shortcut.records.actions import GONE
+from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import Plan
 from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.decilm import decilm_config, llama_settings
 from shortcut.surgery.tensors import FLOATS, Tensor
+
+WITHOUT_KEYS = {"linear_attention", "conv", "moe", "mlp"}  # kinds of blocks
 
 
 def gone_by_half(checkpoint: Checkpoint, plan: Plan) -> set[str]:
@@ -45,6 +49,7 @@ def hollow_config(config: dict[str, Any], checkpoint: Checkpoint, plan: Plan) ->
         return decilm_config(config, checkpoint, plan)
     hollowing = hollowing_of(checkpoint.config)
     if plan.frozen:
+        check_frozen(checkpoint.config, load_config(checkpoint.config), plan)
         blocks = [new for new, old in enumerate(plan.kept) if old in plan.frozen]
         shortv = {"blocks": blocks, "token_ids": list(visual_tokens(checkpoint.config))}
         return {**config, **hollowing.freezing.settings, "shortv": shortv}
@@ -65,6 +70,22 @@ def hollow_config(config: dict[str, Any], checkpoint: Checkpoint, plan: Plan) ->
         text["prefill"] = "all"  # what layers without an entry of their own do
     text["per_layer_config"] = layers
     return config
+
+
+def check_frozen(content: Mapping[str, Any], config: Any, plan: Plan) -> None:
+    """Raise ShortcutError where a block that is to be frozen cannot leave the tokens of images as they are.
+
+    content: of config.json; config: what transformers makes of it.
+    """
+    hollowing = hollowing_of(content)
+    if not hollowing.freezes:
+        raise ShortcutError(f"{hollowing.architecture} cannot leave the tokens of images as they are in blocks")
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    for block, kind in enumerate(kinds):
+        if block in plan.frozen and kind in WITHOUT_KEYS:
+            able = format_blocks([block for block, kind in enumerate(kinds) if kind not in WITHOUT_KEYS])
+            fault = f"it is {kind} and stores no keys and values of images; blocks {able} do"
+            raise ShortcutError(f"cannot freeze block {block} of {hollowing.architecture}: {fault}")
 
 
 def write_modeling_file(folder: Path, config: Mapping[str, Any]) -> None:

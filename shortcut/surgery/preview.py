@@ -13,6 +13,7 @@ from shortcut.errors import ShortcutError
 from shortcut.live import Model, find_blocks, forwards_replaced, hidden_input, output_forms
 from shortcut.records.actions import GONE
 from shortcut.records.plan import Plan
+from shortcut.surgery.hollow import check_frozen
 
 
 @contextmanager
@@ -55,7 +56,9 @@ class Preview:
 
             stand_ins[self.blocks[number]] = partial(last_token_only, self.blocks[number].forward)
         if plan.frozen:
-            ids = visual_tokens(self.model.config.to_dict())
+            content = {**self.model.config.to_dict(), "architectures": [type(self.model).__name__]}
+            check_frozen(content, self.model.config, plan)
+            ids = visual_tokens(content)
             stand_ins |= {self.blocks[number]: _freezing(self.blocks[number]) for number in plan.frozen}
             stand_ins[self.model] = _watching(self.model, ids)
         self._stack.enter_context(forwards_replaced(stand_ins))

@@ -13,15 +13,16 @@ import json
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 import shortcut
+from shortcut.anatomy import visual_tokens
 from shortcut.branches import Branches
 from shortcut.decoder import Decoder
 from shortcut.errors import ShortcutError
@@ -30,6 +31,7 @@ from shortcut.modeling import hollowing
 from shortcut.modeling.hollowing import Hollowing
 from shortcut.records.plan import Plan
 from shortcut.surgery.checkpoint import read_checkpoint
+from shortcut.surgery.hollow import WITHOUT_KEYS
 from tests.sweep.__main__ import describe, generated, logits
 from tests.sweep.tiny import DEPTH, SKIPPED, Fields, Kind, model_types, tiny_inputs, tiny_model
 
@@ -93,31 +95,72 @@ def try_family(family: str, kind: Kind, folder: Path) -> Hollowing:
             raise ValueError(f"mixture {number}: what goes does not matter")
         if generated(short, inputs) != continued:
             raise ValueError(f"mixture {number}: another continuation")
-    return replace(found, last_token=passes_by(model, find_blocks(model), inputs, folder))
+    last_token, freezes = (
+        passes_by(model, inputs, folder),
+        kind == "image-text" and leaves_images(model, inputs, folder),
+    )
+    return replace(found, last_token=last_token, freezes=freezes)
 
 
-def passes_by(base: Any, blocks: nn.ModuleList, inputs: Fields, folder: Path) -> bool:
+def passes_by(base: Any, inputs: Fields, folder: Path) -> bool:
     """Whether last-token blocks are what hooks make of them: all tokens but the last get back what went in."""
-    plan = Plan.of(read_checkpoint(folder / "base").base, {1: "last-token", 4: "last-token"})
+    actions = dict.fromkeys((1, 4), "last-token")
+    return _is_defined(base, inputs, folder / "last", actions, lambda ids: torch.arange(ids.shape[1], 0, -1)[None] > 1)
+
+
+def leaves_images(base: Any, inputs: Fields, folder: Path) -> bool:
+    """Whether frozen blocks are what hooks make of them: the tokens of images get back what went in."""
+    kinds = getattr(base.config.get_text_config(decoder=True), "layer_types", None) or [""] * DEPTH
+    blocks = [block for block in (1, 2, 4) if kinds[block] not in WITHOUT_KEYS]
+    try:
+        seen = torch.tensor(visual_tokens(base.config.to_dict()))
+    except ShortcutError as error:
+        print(f"{base.config.model_type}: freeze-visual: {error}", flush=True)
+        return False
+    ids = inputs["input_ids"].clone()
+    ids[0, 2:6] = ids[1, 5:7] = seen[0]
+    actions = dict.fromkeys(blocks, "freeze-visual")
+    return _is_defined(
+        base, {**inputs, "input_ids": ids}, folder / "frozen", actions, lambda ids: torch.isin(ids, seen)
+    )
+
+
+def _is_defined(
+    base: Any, inputs: Fields, folder: Path, actions: dict[int, Any], frozen: Callable[[torch.Tensor], torch.Tensor]
+) -> bool:
+    """Whether a checkpoint is its base in which these blocks give frozen tokens of a prompt back what went in."""
+    plan, now = Plan.of(read_checkpoint(folder.parent / "base").base, actions), {}
+
+    def look(_: Any, args: Any, kwargs: Any) -> None:
+        now["ids"] = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
 
     def restore(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        before, after = hidden_input(args, kwargs), hidden_output(output)
-        after = torch.cat([before[:, :-1], after[:, -1:]], dim=1)
+        if now["ids"].shape[1] == 1:
+            return output
+        after = torch.where(frozen(now["ids"])[..., None], hidden_input(args, kwargs), hidden_output(output))
         return (after, *output[1:]) if isinstance(output, tuple) else after
 
+    name = f"{base.config.model_type}: {folder.name}"
     try:
-        shortcut.cut(folder / "base", folder / "last", plan=plan, quiet=True)
-        short = load_model(folder / "last")
-        got, continued = logits(short, inputs)[:, -1], generated(short, inputs)["cache"]
-        handles = [blocks[number].register_forward_hook(restore, with_kwargs=True) for number in (1, 4)]
-        expected, longer = logits(base, inputs)[:, -1], generated(base, inputs)["cache"]
-        for handle in handles:
-            handle.remove()
+        shortcut.cut(folder.parent / "base", folder, plan=plan, quiet=True)
+        short = load_model(folder)
+        got, continued = logits(short, inputs), generated(short, inputs)["cache"]
+        handles = [base.register_forward_pre_hook(look, with_kwargs=True)]
+        handles += [find_blocks(base)[block].register_forward_hook(restore, with_kwargs=True) for block in actions]
+        try:
+            expected, longer = logits(base, inputs), generated(base, inputs)["cache"]
+        finally:
+            for handle in handles:
+                handle.remove()
     except Exception as error:  # noqa: BLE001  (whatever a family does, it cannot)
-        print(f"{base.config.model_type}: last-token: {describe(error)[:150]}", flush=True)
+        print(f"{name}: {describe(error)[:150]}", flush=True)
         return False
-    close = (got - expected).abs().max().item() <= TOLERANCE * expected.abs().max().item()
-    return close and continued == longer and isinstance(longer, list)
+    running = ~frozen(inputs["input_ids"]).expand(expected.shape[:2])
+    difference = (got - expected).abs()[running].max().item()
+    exact = difference <= TOLERANCE * expected.abs().max().item() and continued == longer and isinstance(longer, list)
+    if not exact:
+        print(f"{name}: logits differ by {difference:.3g}; continued as {str(continued)[:80]}", flush=True)
+    return exact
 
 
 def find_hollowing(model: Any, kind: Kind) -> Hollowing:
@@ -136,6 +179,7 @@ def find_hollowing(model: Any, kind: Kind) -> Hollowing:
         mlp=mlp,
         kept=tuple(sorted(kept - attention.keys() - mlp.keys())),
         last_token=True,
+        freezes=True,
     )
 
 

@@ -164,6 +164,9 @@ OVERRIDES: dict[str, Fields] = {
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "molmo2_vision": {"image_size": [16, 16]},
     "mellum": {"layer_types": _WINDOWS},
+    "minicpm_ocr": {"image_token_id": 90},
+    "minicpmv4_6": {"image_token_id": 90},
+    "minicpmv4_7": {"image_token_id": 90},
     "minimax_m3_vl_text": {
         "layer_types": ["full_attention", "minimax_m3_sparse", *["full_attention"] * 2, *["minimax_m3_sparse"] * 2],
         "mlp_layer_types": _MOE,
