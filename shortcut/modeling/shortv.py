@@ -73,13 +73,13 @@ class Merger(Catcher):
 
     def __init__(self, cache: Any, others: tuple[Tensor, Tensor], back: Tensor, *, alone: bool) -> None:
         super().__init__(cache)
-        self.others, self.back, self.alone = others, back[:, None, :, None], alone
+        self.others, self.back, self.alone = others, back, alone
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         both = (torch.cat(pair, dim=-2) for pair in zip((keys, values), self.others, strict=True))
-        keys, values = (torch.take_along_dim(each, self.back, dim=-2) for each in both)
+        keys, values = (pick(each, self.back, -2, heads=True) for each in both)
         stored = self.cache.update(keys, values, *args, **kwargs)
-        return tuple(each[..., : self.back.shape[2], :] for each in stored) if self.alone else stored
+        return tuple(each[..., : self.back.shape[1], :] for each in stored) if self.alone else stored
 
 
 def run_some(block: nn.Module, forward: Callable[..., Any], rows: Rows, *args: Any, **kwargs: Any) -> Any:
@@ -98,10 +98,9 @@ def run_some(block: nn.Module, forward: Callable[..., Any], rows: Rows, *args: A
         given = of_tokens(given, rows.run) | {"attention_mask": mask_of(mask, rows, block), "past_key_values": cache}
     output = forward(**given)
     alone = isinstance(output, Tensor)
-    after, run = output if alone else output[0], rows.run[..., None]
-    frozen, before = (torch.take_along_dim(each, run, dim=1) for each in (rows.frozen[..., None], states))
-    after = torch.where(frozen, before, after)
-    changed = states.scatter(1, run.expand_as(after), after)
+    frozen, before = (pick(each, rows.run, -2) for each in (rows.frozen[..., None], states))
+    after = torch.where(frozen, before, output if alone else output[0])
+    changed = states.scatter(1, rows.run[..., None].expand_as(after), after)
     return changed if alone else (changed, *output[1:])
 
 
@@ -113,11 +112,21 @@ def of_tokens(given: dict[str, Any], index: Tensor) -> dict[str, Any]:
             return tuple(take(each, dimension) for each in value)
         if not isinstance(value, Tensor):
             return value
-        places = index if dimension == -1 else index[..., None]
-        value = value.reshape((1,) * (places.dim() - value.dim()) + value.shape)
-        return value.take_along_dim(places.reshape((1,) * (value.dim() - places.dim()) + places.shape), dimension)
+        return pick(value, index, dimension)
 
     return {name: take(value, TOKENS[name]) if name in TOKENS else value for name, value in given.items()}
+
+
+def pick(values: Tensor, index: Tensor, dimension: int, *, heads: bool = False) -> Tensor:
+    """The places of an index along a dimension: (1, n) for all sequences, or (batch, n).
+
+    heads: whether there is a dimension between batch and tokens.
+    """
+    if len(index) == 1:
+        return values.index_select(dimension, index[0])
+    index = index.reshape(len(index), *[1] * heads, -1, *[1] * (-1 - dimension))
+    values = values.reshape((1,) * (index.dim() - values.dim()) + values.shape)
+    return values.take_along_dim(index.reshape((1,) * (values.dim() - index.dim()) + index.shape), dimension)
 
 
 def mask_of(mask: Any, rows: Rows, block: nn.Module) -> Tensor | None:
@@ -128,7 +137,7 @@ def mask_of(mask: Any, rows: Rows, block: nn.Module) -> Tensor | None:
         return (rows.run[..., None] >= torch.arange(rows.back.shape[1], device=rows.run.device))[:, None]
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         raise TypeError("blocks that images pass by need attention by sdpa or eager")
-    return mask.take_along_dim(rows.run[:, None, :, None], dim=-2)
+    return pick(mask, rows.run, -2, heads=True)
 
 
 @contextmanager
