@@ -19,7 +19,7 @@ from shortcut.errors import ShortcutError
 from shortcut.records.plan import Base, Plan
 from tests.reference import blocks_of
 from tests.sweep.tiny import VOCABULARY, tiny_model
-from tests.vision import DEPTH, FAMILIES, IMAGE, WORDS, Segments, image_id, make_inputs
+from tests.vision import DEPTH, FAMILIES, IMAGE, WORDS, Segments, as_videos, image_id, make_inputs, visual_ids
 
 FROZEN = (0, 2, 3, 5)
 PLAN = Plan.of(Base("", None, DEPTH), dict.fromkeys(FROZEN, "freeze-visual"))
@@ -50,7 +50,7 @@ def restored(model: Any, blocks: Iterable[int] = FROZEN, places: Tensor | None =
 
     def look(_: Any, __: Any, kwargs: Any) -> None:
         ids = kwargs.get("input_ids")
-        found = places if ids is None else torch.isin(ids, torch.tensor([image_id(model)]))
+        found = places if ids is None else torch.isin(ids, torch.tensor(visual_ids(model)))
         seen[:] = [] if found is None or (ids is not None and ids.shape[1] == 1) else [found[..., None]]
 
     def restore(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -81,8 +81,7 @@ def test_frozen_blocks_are_as_defined(name: str, attention: str, frozen: Callabl
     On disk and live, in a prompt and in what is written after it.
     """
     family, (base, short) = FAMILIES[name], (load(folder, attention) for folder in frozen(name))
-    assert visual_tokens(base.config.to_dict()) == tuple(short.config.shortv["token_ids"])
-    assert image_id(base) in short.config.shortv["token_ids"]
+    assert list(visual_tokens(base.config.to_dict())) == short.config.shortv["token_ids"] == sorted(visual_ids(base))
     for rows, side in ((ONE, "left"), (ALIKE, "left"), (THREE, "right"), (THREE, "left")):
         inputs = make_inputs(base, family, rows, side=side)
         with restored(base):
@@ -96,6 +95,18 @@ def test_frozen_blocks_are_as_defined(name: str, attention: str, frozen: Callabl
     assert torch.equal(short.generate(**inputs, **GREEDY), written)
     with shortcut.preview(base, PLAN):
         assert torch.equal(base.generate(**inputs, **GREEDY), written)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_videos_are_frozen(name: str, frozen: Callable[..., Any]) -> None:
+    """Videos are images as well."""
+    base, short = map(load, frozen(name))
+    inputs = as_videos(base, make_inputs(base, FAMILIES[name], THREE))
+    with restored(base):
+        expected, written = logits(base, inputs), base.generate(**inputs, **GREEDY)
+    torch.testing.assert_close(logits(short, inputs), expected, rtol=0, atol=1e-5)
+    assert torch.equal(short.generate(**inputs, **GREEDY), written)
+    assert (logits(base, inputs) - expected).abs().max() > 0.3
 
 
 @pytest.mark.parametrize("name", FAMILIES)

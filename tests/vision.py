@@ -135,6 +135,13 @@ def image_id(model: Any) -> int:
     return getattr(model.config, "image_token_id", None) or model.config.image_token_index
 
 
+def visual_ids(model: Any) -> list[int]:
+    """The ids of tokens that stand for parts of images and videos, found without shortcut."""
+    config = model.config
+    video = getattr(config, "video_token_id", None) or getattr(config, "video_token_index", None)
+    return [image_id(model), *([video] if video else [])]
+
+
 @torch.no_grad()
 def count_tokens(model: Any, image: Inputs) -> int:
     """How many tokens an image has, by the model's own features."""
@@ -168,6 +175,15 @@ def make_inputs(
     if family.types:
         inputs[family.types] = ((inputs["input_ids"] == image_id(model)) & (not family.prefix)).long()
     return {**inputs, **(_by_row(images) if family.draw is by_row else _in_one(images))}
+
+
+def as_videos(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs in families of type `gridded`, every image a video of one picture."""
+    renamed = {"pixel_values": "pixel_values_videos", "image_grid_thw": "video_grid_thw"}
+    inputs = {renamed.get(name, name): value for name, value in inputs.items()}
+    image, video = visual_ids(model)
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == image, video)
+    return {**inputs, "mm_token_type_ids": 2 * inputs["mm_token_type_ids"]}
 
 
 def _in_one(images: Sequence[Sequence[Inputs]]) -> Inputs:

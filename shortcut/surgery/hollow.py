@@ -7,7 +7,6 @@ from typing import Any
 
 from shortcut.anatomy import part_of, visual_tokens
 from shortcut.errors import ShortcutError
-from shortcut.live import load_config
 from shortcut.modeling.hollowing import hollowing_of, modeling_of
 from shortcut.records.actions import GONE
 from shortcut.records.blocks import format_blocks
@@ -49,6 +48,8 @@ def hollow_config(config: dict[str, Any], checkpoint: Checkpoint, plan: Plan) ->
         return decilm_config(config, checkpoint, plan)
     hollowing = hollowing_of(checkpoint.config)
     if plan.frozen:
+        from shortcut.live import load_config
+
         check_frozen(checkpoint.config, load_config(checkpoint.config), plan)
         blocks = [new for new, old in enumerate(plan.kept) if old in plan.frozen]
         shortv = {"blocks": blocks, "token_ids": list(visual_tokens(checkpoint.config))}
