@@ -161,6 +161,20 @@ def test_a_second_turn(name: str, frozen: Callable[..., Any]) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl"])
+def test_a_conversation_goes_on(name: str, frozen: Callable[..., Any]) -> None:
+    """`generate` with the whole conversation and a cache of its first turn reads the second image alone."""
+    base, short = map(load, frozen(name))
+    first, second = (make_inputs(base, FAMILIES[name], ONE, seed=seed) for seed in (3, 4))
+    both = {key: torch.cat([first[key], second[key]], dim=1) for key in ("input_ids", "attention_mask")}
+    written = []
+    for model in (base, short):
+        with restored(model, FROZEN if model is base else ()), torch.no_grad():
+            cache = model(**first, use_cache=True).past_key_values
+            written.append(model.generate(**{**second, **both}, past_key_values=cache, **GREEDY))
+    assert torch.equal(written[1], written[0])
+
+
 STATIC = {"cache_implementation": "static", "disable_compile": True}
 OTHERWISE = [(STATIC, THREE), (STATIC, ONE), ({"num_beams": 3}, THREE), ({"use_cache": False}, THREE)]
 

@@ -54,7 +54,7 @@ def tiled(config: Any, generator: torch.Generator) -> Inputs:
     side = config.vision_config.image_size
     sizes = torch.tensor([[side, 2 * side], [2 * side, side], [side + 3, 2 * side - 5]])
     size = sizes[torch.randint(len(sizes), (1,), generator=generator)]
-    return {"pixel_values": torch.randn(1, 3, 3, side, side, generator=generator), "image_sizes": size}
+    return {"pixel_values": torch.randn(1, 5, 3, side, side, generator=generator), "image_sizes": size}
 
 
 def gridded(config: Any, generator: torch.Generator) -> Inputs:
