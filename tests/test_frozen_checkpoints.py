@@ -108,6 +108,20 @@ def test_hidden_states_of_a_prompt(name: str, frozen: Callable[..., Any]) -> Non
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_model_inside_freezes_as_well(name: str, frozen: Callable[..., Any]) -> None:
+    """Called by itself, without the vocabulary, and in a copy."""
+    base, short = map(load, frozen(name))
+    inputs = make_inputs(base, FAMILIES[name], THREE)
+    with restored(base), torch.no_grad():
+        expected = base(**inputs, output_hidden_states=True).hidden_states[-1]
+    real = inputs["attention_mask"].bool()
+    for model in (short, copy.deepcopy(short)):
+        with torch.no_grad():
+            found = model.model(**inputs).last_hidden_state
+        torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-5)
+
+
 FRESH = """
 import sys
 sys.modules["shortcut"] = None

@@ -172,23 +172,37 @@ class Freezing:
         return own(*args, **kwargs) if rows is None else run_some(self, own, rows, *args, **kwargs)  # type: ignore[arg-type]
 
     def __reduce__(self) -> Any:
-        return make_freezing, (type(self).__mro__[2],), self.__dict__
+        return make_changed, type(self).__mro__[1:3], self.__dict__
+
+
+class Reading:
+    """The model without the vocabulary, when it is called by itself, in front of its own class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with reading(self, self.config.shortv["token_ids"], *args, **kwargs):  # type: ignore[attr-defined]
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce__(self) -> Any:
+        return make_changed, type(self).__mro__[1:3], self.__dict__
 
 
 @functools.cache
-def freezing_class(stock: Any) -> Any:
-    """The class of such a block, under the name of its own class, as policies go by names."""
-    return type(stock.__name__, (Freezing, stock), {})
+def changed_class(change: Any, stock: Any) -> Any:
+    """The class of such a block or model, under the name of its own class, as policies go by names."""
+    return type(stock.__name__, (change, stock), {})
 
 
-def make_freezing(stock: Any) -> Any:
-    """An empty block, for copies and pickles."""
-    return object.__new__(freezing_class(stock))
+def make_changed(change: Any, stock: Any) -> Any:
+    """An empty block or model, for copies and pickles."""
+    return object.__new__(changed_class(change, stock))
 
 
 @contextmanager
 def reading(model: Any, token_ids: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[None]:
     """While a model is called with this, its blocks know which tokens are frozen: those of these ids, and padding."""
+    if FROZEN.get() is not None:  # by the model around this one
+        yield
+        return
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     rows = find_frozen(model, token_ids, **given)
     with ExitStack() as stack:
@@ -249,7 +263,9 @@ class ShortvLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, config: ShortvLlavaConfig) -> None:
         super().__init__(config)
         for block in self.get_submodule(BLOCKS):
-            block.__class__ = freezing_class(type(block))  # type: ignore[arg-type]
+            block.__class__ = changed_class(Freezing, type(block))  # type: ignore[arg-type]
+        if (inner := self.base_model) is not self and inner.config is self.config:
+            inner.__class__ = changed_class(Reading, type(inner))  # type: ignore[arg-type]
         self.set_frozen_blocks(config.shortv["blocks"])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
