@@ -13,7 +13,7 @@ import shortcut
 from shortcut.decoder import Decoder
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
-from shortcut.records.actions import MOVES, Action, Move, join
+from shortcut.records.actions import Action, Move, join
 from shortcut.records.plan import Base, Plan
 from shortcut.records.scores import format_scores, read_scores
 from shortcut.scoring.blocks import score_blocks
@@ -208,11 +208,11 @@ def test_a_block_that_does_something_else_too(llama: Path) -> None:
 def test_halves_on_the_road(llama: Path, tmp_path: Path) -> None:
     """score --allow puts scores and sizes of halves into the file; plans choose among them at equal parameters."""
     text: dict[str, Any] = {"samples": 2, "length": 32, "quiet": True}
-    scores = shortcut.score(llama, metric="perplexity", greedy=3, allow=",".join(MOVES), **text)
+    scores = shortcut.score(llama, metric="perplexity", greedy=3, allow=",".join(ALLOW), **text)
     (tmp_path / "s.json").write_text(format_scores(scores))
     assert read_scores(tmp_path / "s.json") == scores
     assert [a + b for a, b in zip(*scores.half_parameters.values(), strict=True)] == list(scores.block_parameters)
-    greedy = shortcut.plan(tmp_path / "s.json", count=3, select="greedy", allow=",".join(MOVES))
+    greedy = shortcut.plan(tmp_path / "s.json", count=3, select="greedy", allow=",".join(ALLOW))
     assert [join(greedy.actions[m.block], m.action) for m in scores.orders["perplexity"]] == [
         greedy.actions[move.block] for move in scores.orders["perplexity"]
     ]

@@ -65,7 +65,7 @@ def test_what_a_command_is_told_arrives(
     shortcut.cut(llama, "short", drop="1", quiet=True)
     models = spy("offload.load_model", "checking.verify.load_model")
     texts, tokenizers = spy("scoring.calibration.make_calibration"), spy("live.load_tokenizer")
-    batches = spy(*(f"{module}.make_batches" for module in ("choose.trials", "checking.verify", "scoring.calibration")))
+    batches = spy("scoring.calibration.make_batches")
 
     of_command = {"score": (llama,), "sweep": (llama,), "prune": (llama, "short"), "check": ("short",)}[command]
     getattr(shortcut, command)(*of_command, data="data.jsonl", quiet=True, **OPTIONS[command], **TEXT, **MODEL)

@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from shortcut.cli import COMMANDS, _parse
 from shortcut.live import load_model
 from shortcut.presets import PRESETS
 from shortcut.scoring.metrics import METRICS
+from shortcut.sources import EMBEDDED_VISION
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,7 +50,7 @@ def test_make_targets_exist() -> None:
 
 def test_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python of the README runs as written, on a small model in place of the named one."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     for name in ("score", "check"):
         command = getattr(shortcut, name)
         small = {"samples": 2, "length": 32, "quiet": True}
@@ -58,3 +60,13 @@ def test_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     code = code.replace("org/model", str(llama)).replace("count=7", "count=2").replace("shorter", str(tmp_path / "s"))
     exec(code, {"model": model, "inputs": inputs})
     assert (tmp_path / "s" / "config.json").exists()
+
+
+def test_python_about_images_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So does that about images, on the small model of the package with blocks frozen."""
+    monkeypatch.chdir(tmp_path)
+    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    shortcut.cut(EMBEDDED_VISION, "frozen", freeze_visual="8-11", quiet=True)
+    found: dict[str, Any] = {}
+    exec("from transformers import *\n" + code.replace("[30, 31]", "[10, 11]"), found)
+    assert found["model"].config.shortv["blocks"] == [10, 11]

@@ -78,14 +78,20 @@ def test_kl_of_freezing_is_that_of_whole_passes(family: str, action: Action) -> 
 
 
 def test_block_passes_are_counted() -> None:
-    """Blocks run L times for the walk, and once for every ablation behind its block: L (L + 1) / 2 in all."""
+    """Blocks run L times for the walk, and once for every ablation behind its block: L (L + 1) / 2 in all.
+
+    Images are looked at once.
+    """
     model = make_vision_model(FAMILIES["llava"])
     batch, decoder = batch_of("llava", model), Decoder.of(model)
     own, passes = decoder.run, []
     object.__setattr__(decoder, "run", lambda number, *how: passes.append(number) or own(number, *how))
+    seen: list[int] = []
+    model.model.vision_tower.register_forward_hook(lambda *_: seen.append(1))
     score_blocks(decoder, [batch], [METRICS["kl"]], allow=["freeze-visual"])
     depth = len(decoder.blocks)
     assert len(passes) == depth * (depth + 1) / 2
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("action", ["freeze-visual", "freeze-text"])

@@ -27,7 +27,7 @@ base's; nothing was trained.
 {table}
 ```
 
-Measured on {text}.
+{measured} on {text}.
 
 {picture}```python
 from transformers import {auto}, {reader}
@@ -79,6 +79,7 @@ def format_card(plan: Plan, cut: CutReport, check: CheckReport, *, picture: bool
         reader_trust=trust if sees else "",
         rule=rule + (f" by the metric `{why['metric']}`" if "metric" in why else ""),
         table=format_table(["", "base", "shortened"], rows),
+        measured="Answers" if sees else "Perplexity",
         text=check.text,
         picture="![scores of the blocks](scores.png)\n\n" if picture else "",
         version=__version__,
