@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from shortcut.demos import demo as demo
     from shortcut.errors import ShortcutError as ShortcutError
     from shortcut.freezing import freeze as freeze
+    from shortcut.healing import heal as heal
     from shortcut.measure import check as check
     from shortcut.measure import score as score
     from shortcut.measure import sweep as sweep
@@ -45,6 +46,7 @@ _HOME = {
     "chat": "shortcut.talk",
     "demo": "shortcut.demos",
     "freeze": "shortcut.freezing",
+    "heal": "shortcut.healing",
     "prune": "shortcut.road",
     **dict.fromkeys(("Metric", "add_metric"), "shortcut.scoring.metrics"),
     "Plan": "shortcut.records.plan",

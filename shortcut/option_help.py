@@ -39,6 +39,8 @@ OPTION_HELP = {
     "frozen": "blocks that would leave the tokens of images as they are, to see what that saves",
     "text_tokens": "tokens of a prompt that are text",
     "visual_tokens": "tokens of a prompt that stand for parts of images",
+    "short": "the folder of a shortened checkpoint",
+    "method": "how to heal: fold merges a linear map for every deleted span into the weights in front of it",
     "image": "an image file or address, to talk about",
     "prompt": "what is said, instead of lines of stdin",
     "new_tokens": "tokens of an answer at most",

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from shortcut.checking.answers import Answers, answer, compare_answers
@@ -22,9 +24,10 @@ from shortcut.live import Model, find_blocks, hidden_input, hidden_output, load_
 from shortcut.progress import track
 from shortcut.records.plan import Plan
 from shortcut.scoring.pictures import Material, Pictures
-from shortcut.surgery.checkpoint import Checkpoint
+from shortcut.surgery.checkpoint import Checkpoint, read_json
 from shortcut.surgery.compare import compare_tensors
 from shortcut.surgery.preview import preview
+from shortcut.surgery.stage import RECORD
 from shortcut.text import format_size
 
 TOLERANCE = 1e-4  # of the largest logit: far above what reordered sums do, far below what a wrong block does
@@ -35,7 +38,7 @@ class CheckReport:
     """What was compared and what came out. The base's entries are None where no base was compared.
 
     text: the held-out text of the perplexities, with the BOS policy, or the questions about images that were answered
-    instead. passed_by: whether there are last-token blocks.
+    instead. passed_by: whether there are last-token blocks. healed: tensors that are not the base's.
     """
 
     checkpoint: str
@@ -47,6 +50,7 @@ class CheckReport:
     bytes_compared: int | None
     logit_difference: float | None
     passed_by: bool = False
+    healed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for --json."""
@@ -71,8 +75,9 @@ class CheckReport:
         lines = [f"{self.checkpoint} loads whole: no key missing, unexpected or mismatched"]
         if self.base is not None:
             lines += [
-                f"tensors: all {format_size(self.bytes_compared or 0)} equal to the base's",
-                f"logits differ from the base's with its dropped blocks bypassed{self._put_back} by "
+                f"tensors: {'all' if not self.healed else 'all but the healed ones,'} "
+                f"{format_size(self.bytes_compared or 0)} equal to the base's",
+                f"logits differ from the base's with its dropped blocks bypassed{self._meanwhile} by "
                 f"{self.logit_difference:.3g}",
             ]
         for name, before, after in self.rows:
@@ -83,8 +88,9 @@ class CheckReport:
         return "\n".join(lines)
 
     @property
-    def _put_back(self) -> str:
-        return "" if self.answers is None else " and images put back behind its frozen ones"
+    def _meanwhile(self) -> str:
+        images = "" if self.answers is None else " and images put back behind its frozen ones"
+        return images + (" and the healed weights in it" if self.healed else "")
 
 
 def check_checkpoint(
@@ -101,7 +107,8 @@ def check_checkpoint(
     heldout: text for the perplexity of both, or questions about images for both to answer. loading: as for
     `load_model`. One model is in memory at a time. Raises ShortcutError at the first thing that is not as it should be.
     """
-    compared = None if base is None else compare_tensors(short, *base)
+    healed = read_healed(short.folder)
+    compared = None if base is None else compare_tensors(short, *base, healed)
     model = load_model(short.folder, **loading)
     batches = heldout.batches(batch_size, model.device)
     measure = partial(_measure, heldout=heldout, batches=batches, batch_size=batch_size, quiet=quiet)
@@ -111,8 +118,9 @@ def check_checkpoint(
     difference, before = None, None
     if base is not None:
         original = load_model(base[0].folder, **loading)
-        difference = compare_logits(logits, original, base[1], first_tokens(batches))
         before = measure(original, "base")
+        put_healed(original, short, base[1], healed)
+        difference = compare_logits(logits, original, base[1], first_tokens(batches))
     values = (after, before)
     return CheckReport(
         checkpoint=short.name,
@@ -124,6 +132,7 @@ def check_checkpoint(
         bytes_compared=compared,
         logit_difference=difference,
         passed_by=base is not None and bool(base[1].blocks("last-token")),
+        healed=healed,
     )
 
 
@@ -134,6 +143,21 @@ def _measure(
     if isinstance(heldout, Pictures):
         return answer(model, heldout, batch_size, f"answers, {what}", quiet=quiet)
     return perplexity(model, track(batches, f"perplexity, {what}", quiet=quiet))
+
+
+def read_healed(folder: Path) -> tuple[str, ...]:
+    """The tensors that healing changed in a checkpoint, by its record."""
+    record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+    return tuple(record.get("healed", {}).get("tensors", ()))
+
+
+def put_healed(base: Model, short: Checkpoint, plan: Plan, healed: Sequence[str]) -> None:
+    """Give a live base the values that healing gave the shortened checkpoint."""
+    for name in healed:
+        block, rest = short.anatomy.split(name) or (0, name)
+        with safe_open(short.tensors[name].file, framework="pt") as file:
+            weight = find_blocks(base)[plan.kept[block]].get_parameter(rest)
+            weight.data.copy_(file.get_tensor(name))
 
 
 @torch.inference_mode()

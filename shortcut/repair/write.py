@@ -1,0 +1,47 @@
+"""A checkpoint with some of its tensors changed: all others are copied as they are."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shortcut.errors import ShortcutError
+from shortcut.records.plan import Plan
+from shortcut.surgery.checkpoint import Checkpoint
+from shortcut.surgery.tensors import read_header
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def with_tensors(checkpoint: Checkpoint, changed: Mapping[str, Tensor], scratch: Path) -> Checkpoint:
+    """The checkpoint with other values in these tensors, by name, in the type that they have there.
+
+    scratch: a file that holds them. Raises ShortcutError for a tensor that is not there, or is quantised.
+    """
+    stored: dict[str, Tensor] = {}
+    for name, values in changed.items():
+        old = checkpoint.tensors.get(name)
+        if old is None or old.dtype not in DTYPES or old.shape != tuple(values.shape):
+            what = "has no tensor" if old is None else f"stores as {old.dtype} {old.shape}"
+            raise ShortcutError(f"{checkpoint.name} {what} {name}, which is to be changed")
+        stored[name] = values.to(DTYPES[old.dtype]).contiguous().cpu()
+    save_file(stored, scratch)
+    new = {tensor.name: tensor for tensor in read_header(scratch).tensors}
+    files = tuple(
+        replace(file, tensors=tuple(new.get(tensor.name, tensor) for tensor in file.tensors))
+        for file in checkpoint.files
+    )
+    return replace(checkpoint, files=files)
+
+
+def names_in(checkpoint: Checkpoint, plan: Plan, changed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """What was found by block of the base, and name inside the block, by the names of the shortened checkpoint."""
+    return {
+        checkpoint.anatomy.join(plan.kept.index(block), name): values
+        for block, weights in changed.items()
+        for name, values in weights.items()
+    }
