@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,8 @@ def _demo_vision(out: str, *, overwrite: bool, quiet: bool) -> VisionReport:
     frozen = freeze(EMBEDDED_VISION, out, count=FROZEN, overwrite=overwrite, **how)
     assert frozen.scores is not None
     curves = measure_curves(frozen.scores, quiet=quiet)
-    draw_curves(curves.counts, curves.right, Path(out) / "curves.png")
+    if find_spec("matplotlib") is not None:
+        draw_curves(curves.counts, curves.right, Path(out) / "curves.png")
     return VisionReport(frozen, curves)
 
 

@@ -17,6 +17,7 @@ from shortcut.selection import Request, select_plan
 from shortcut.sources import open_model
 from shortcut.surgery.config import check_family
 from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
+from shortcut.surgery.hollow import check_freezes
 from shortcut.surgery.stage import check_target, staged, write_text
 from shortcut.text import parse_size
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from shortcut.choose.trials import Trials
 
 
-HELDOUT_SAMPLES, HELDOUT_LENGTH = 16, 512  # sequences, and their tokens at most, when the result is checked
-HELDOUT_QUESTIONS = 64  # about images
+# When the result is checked: sequences of text, or questions about images; and tokens of a sequence at most.
+HELDOUT_SAMPLES, HELDOUT_LENGTH = {"text": 16, "images": 64}, 512
 DEMO_SHARE = 0.2  # of the blocks
 SPEED_RUNS = 5
 
@@ -111,12 +112,12 @@ def prune(
 
     # What is wrong with the request is said before the long work, not after it.
     check_target(target, overwrite=overwrite, base=base.folder)
-    check_family(base.config)
+    check_freezes(base.config) if images else check_family(base.config)
     pick_dtype(dtype, pick_device(device))
     for plan in request.foresee(base):
         report_cut(base, replace(plan, format=format), target, limit, written=False)
     fixed = text | {"length": min(length, HELDOUT_LENGTH), "seed": 0}
-    number = HELDOUT_QUESTIONS if images else HELDOUT_SAMPLES
+    number = HELDOUT_SAMPLES["images" if images else "text"]
     unseen = runs.take_text(base, replace(source, data=heldout), number, **fixed)
 
     text["by_document"] = by_document

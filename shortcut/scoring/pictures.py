@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,8 @@ def make_pictures(processor: Any, visual: tuple[int, ...], source: Source, *, sa
     """
     if samples < 1:
         raise ShortcutError(f"--samples {samples} is too small")
+    if find_spec("PIL") is None:
+        raise ShortcutError('images need the package pillow: pip install "shortcut[vision]"')
     if source.data in DRAWN:
         from shortcut.scoring.drawings import draw
 

@@ -78,15 +78,22 @@ def check_frozen(content: Mapping[str, Any], config: Any, plan: Plan) -> None:
 
     content: of config.json; config: what transformers makes of it.
     """
-    hollowing = hollowing_of(content)
-    if not hollowing.freezes:
-        raise ShortcutError(f"{hollowing.architecture} cannot leave the tokens of images as they are in blocks")
+    architecture = check_freezes(content)
     kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
     for block, kind in enumerate(kinds):
         if block in plan.frozen and kind in WITHOUT_KEYS:
             able = format_blocks([block for block, kind in enumerate(kinds) if kind not in WITHOUT_KEYS])
             fault = f"it is {kind} and stores no keys and values of images; blocks {able} do"
-            raise ShortcutError(f"cannot freeze block {block} of {hollowing.architecture}: {fault}")
+            raise ShortcutError(f"cannot freeze block {block} of {architecture}: {fault}")
+
+
+def check_freezes(content: Mapping[str, Any]) -> str:
+    """The architecture of a config.json. Raises ShortcutError where no block of it can leave images as they are."""
+    visual_tokens(content)
+    hollowing = hollowing_of(content)
+    if not hollowing.freezes:
+        raise ShortcutError(f"{hollowing.architecture} cannot leave the tokens of images as they are in blocks")
+    return hollowing.architecture
 
 
 def write_modeling_file(folder: Path, config: Mapping[str, Any]) -> None:
