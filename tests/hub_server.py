@@ -47,8 +47,12 @@ def serve(repository: str, folder: Path) -> Iterator[Hub]:
                 self._send_json(
                     {"id": repository, "sha": SHA, "siblings": [_sibling(folder, file) for file in _files(folder)]}
                 )
-            elif re.fullmatch(rf"/api/models/{repository}/tree/[^/]+", path):
-                self._send_json([{"type": "file", "path": file, **_sibling(folder, file)} for file in _files(folder)])
+            elif match := re.fullmatch(rf"/api/models/{repository}/tree/[^/]+/?(.*)", path):
+                inside = [file for file in _files(folder) if file.startswith(match[1])]
+                if not inside:
+                    self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+                    return
+                self._send_json([{"type": "file", "path": file, **_sibling(folder, file)} for file in inside])
             elif match := re.fullmatch(rf"/{repository}/resolve/[^/]+/(.+)", path):
                 self._send_file(match[1])
             else:

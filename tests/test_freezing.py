@@ -20,6 +20,7 @@ from shortcut.freezing import LISTS
 from shortcut.records.plan import Base, Plan
 from shortcut.sources import EMBEDDED_VISION
 from shortcut.surgery.savings import prefill
+from tests.hub_server import serve
 from tests.vision import FAMILIES, IMAGE, make_inputs, make_vision_model
 
 FEW: dict[str, Any] = {"samples": 8, "batch_size": 4, "quiet": True}
@@ -78,6 +79,37 @@ print(processor.decode(model.generate(**inputs, max_new_tokens=3)[0, inputs["inp
         env={**os.environ, "PYTHONPATH": ""},
     )
     assert result.stdout.split()[0] == drawn.answer, result.stderr
+
+
+PUSH = """
+import sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+for kind in (AutoModelForImageTextToText, AutoProcessor):
+    kind.from_pretrained(sys.argv[1], trust_remote_code=True).push_to_hub("org/frozen")
+"""
+PULL = """
+import sys
+sys.modules["shortcut"] = None
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained("org/frozen", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("org/frozen", trust_remote_code=True)
+print(type(processor).__name__, [number for number, block in enumerate(model.model.language_model.layers) if block.frozen])
+"""
+
+
+def test_pushed_and_pulled(frozen: Path, tmp_path: Path) -> None:
+    """push_to_hub takes code and processor along, and by its id the checkpoint loads with the same blocks frozen."""
+    (tmp_path / "remote").mkdir()
+    with serve("org/frozen", tmp_path / "remote") as hub:
+        there = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "x", "HF_HUB_OFFLINE": "0"}
+        where = {**os.environ, **there, "HF_HOME": str(tmp_path / "cache")}
+        for code in (PUSH, PULL):
+            command = [sys.executable, "-c", code, str(frozen)]
+            done = subprocess.run(command, env=where, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-6000:]
+    assert (tmp_path / "remote" / "modeling_shortv.py").exists()
+    blocks = json.loads((frozen / "config.json").read_text())["shortv"]["blocks"]
+    assert done.stdout.strip() == f"LlavaProcessor {blocks}"
 
 
 def test_without_trust_nothing_loads(frozen: Path) -> None:
