@@ -93,7 +93,8 @@ sys.modules["shortcut"] = None
 from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("org/frozen", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("org/frozen", trust_remote_code=True)
-print(type(processor).__name__, [number for number, block in enumerate(model.model.language_model.layers) if block.frozen])
+blocks = model.model.language_model.layers
+print(type(processor).__name__, [number for number, block in enumerate(blocks) if block.frozen])
 """
 
 
