@@ -9,18 +9,19 @@ OPTION_HELP = {
     "revision": "branch, tag or commit of a Hub model",
     "metric": "one or more of what `shortcut metrics` lists, with commas",
     "average": "what counts the same in the mean of a metric: tokens, or sequences, however short",
-    "preset": "a published method: its options are the defaults, and what is given beside it wins",
+    "preset": "a published method: its options are the defaults, and what is given beside it wins; for freeze, the "
+    "blocks published for a model",
     "data": "text: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a Hub id (org/name or org/name:subset), "
     '"default" (embedded prose) or "heldout" (other embedded prose); several, with commas, give equal shares of the '
     'sequences, or as they are weighted: "3*a.txt,b.jsonl"; for models that see, also files and data sets with images '
     '(or their paths or addresses) and questions, and "drawings", which come with the package',
-    "heldout": "text for the perplexity before and after, as for --data",
+    "heldout": "text for the perplexity before and after, or questions about images, as for --data",
     "split": "split of a Hub data set",
     "column": "column that holds the text, or messages; found by itself when it is called text or messages, or stands "
     "alone",
     "chat_template": "have the tokenizer's chat template write every document: a list of messages as it is, text as "
     "one message of the user",
-    "samples": "number of sequences",
+    "samples": "number of sequences, or of questions about images",
     "length": "tokens of a sequence",
     "batch_size": "sequences per forward pass",
     "seed": "decides which sequences are taken",
@@ -31,7 +32,8 @@ OPTION_HELP = {
     "trust_remote_code": "run the modeling code that comes with the model",
     "plot": "draw the scores into this PNG file",
     "count": "how many blocks go, or halves of blocks where --allow says so; for sweep a list of such numbers",
-    "ratio": "as many blocks go as hold at least this share of all parameters, such as 25%",
+    "ratio": "as many blocks go as hold at least this share of all parameters, such as 25%; for freeze, this share of "
+    "the blocks",
     "drop": 'the blocks that go, by number, counted from 0: "21-29,31"',
     "attention_only": "the blocks that lose their MLP, by number",
     "mlp_only": "the blocks that lose their attention, by number",

@@ -220,3 +220,20 @@ assert not {"torch", "transformers", "datasets"} & set(sys.modules)
         [sys.executable, "-c", code, str(base), str(tmp_path / "short")], check=True, env=environment, timeout=120
     )
     assert json.loads((tmp_path / "short" / "config.json").read_text())["num_hidden_layers"] == 23
+
+
+def test_folding_wins_back_perplexity(base: Path, tmp_path: Path) -> None:
+    """7 of 30 blocks: on prose that neither fitted nor decided anything, the healed model is far better than the cut.
+
+    The deciding text takes the last word: the map of a span that it does not like is left out.
+    """
+    text: dict[str, Any] = {"samples": 32, "length": 128, "quiet": True}
+    shortcut.cut(base, tmp_path / "short", drop="12-18", quiet=True)
+    report = shortcut.heal(tmp_path / "short", tmp_path / "out", **text)
+    assert report.check.perplexity_base is not None
+    assert report.check.perplexity is not None
+    assert report.check.perplexity_base < report.check.perplexity < 0.9 * report.perplexity_cut
+    assert report.check.healed == ("model.layers.11.mlp.down_proj.weight",)
+    assert report.check.logit_difference is not None
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.num_hidden_layers == 23

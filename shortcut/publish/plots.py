@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shortcut.errors import ShortcutError
-from shortcut.records.actions import GONE, Action
+from shortcut.records.actions import FREEZING, GONE, Action
 from shortcut.records.scores import Scores
 from shortcut.scoring.metrics import METRICS
 
@@ -24,6 +24,7 @@ WIDTH, BARS_HEIGHT, MAP_HEIGHT = 6.4, 2.9, 5.4  # inches of one panel
 KEPT, DROPPED, INK, PALE = "#5b8db8", "#d55e00", "#333333", "#e2e2e2"  # blue and vermilion differ to every eye
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333")  # told apart by every eye
 SMALL = 9  # points
+TITLES = {"attention-only": "MLPs", "mlp-only": "attentions", "freeze-visual": "images", "freeze-text": "text"}
 RUINED = 20  # times the whole model's perplexity, beyond which differences are of no interest
 LOG_FROM = 10  # the largest score over the smallest, from which on a linear axis would hide the small ones
 
@@ -41,12 +42,17 @@ def draw_scores(scores: Scores, path: Path, actions: Sequence[Action] = ()) -> N
     for place, row in enumerate(rows):
         for column, (name, action) in enumerate(row):
             axes = figure.add_subplot(grid[place, column if len(row) == columns else slice(None)])
-            gone = {block for block, own in enumerate(actions) if GONE[action] <= GONE[own]}
+            gone = {block for block, own in enumerate(actions) if _goes(action, own)}
             if _is_map(scores, name, action):
                 _draw_map(axes, scores, name, gone)
             else:
                 _draw_bars(axes, scores, name, action, gone)
     _save(figure, path)
+
+
+def _goes(part: Action, own: Action) -> bool:
+    """Whether what goes by the first action goes by the second as well."""
+    return own == part or bool(GONE[part] and GONE[part] <= GONE[own])
 
 
 def draw_trials(trials: "Trials", path: Path) -> None:
@@ -168,11 +174,14 @@ def _draw_bars(axes: "Axes", scores: Scores, name: str, action: Action, gone: se
         axes.set_ylim(positive.min() / 1.5, positive.max() * 1.3)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1000 else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
-    title = {"attention-only": f"{name}, MLPs", "mlp-only": f"{name}, attentions"}.get(action, name)
+    title = ", ".join([name, *([TITLES[action]] if action in TITLES else [])])
     _style(axes, title, "block", label)
     _count_on(axes.xaxis)
     axes.grid(axis="y", color=PALE, linewidth=0.8)
-    for legend, color, chosen in (("kept", KEPT, False), ("dropped", DROPPED, True)):
+    for legend, color, chosen in (
+        ("kept", KEPT, False),
+        ("frozen" if action in FREEZING else "dropped", DROPPED, True),
+    ):
         blocks = [block for block in range(len(values)) if (block in gone) is chosen]
         axes.bar(blocks, values[blocks], 0.8, color=color, label=legend)
     axes.set_xlim(-0.7, len(values) - 0.3)
