@@ -26,7 +26,7 @@ from tests.bench.rounds import THREADS, compare, emit, take_turns, timed
 BLOCKS, TEXT, IMAGE_TOKEN = 24, 64, 999
 WIDTHS = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16}
 SHARES = (25, 50, 60, 75)  # percent of the blocks
-RUNS = {576: 5, 2880: 1}  # by visual tokens
+RUNS = {576: 5, 2880: 3}  # by visual tokens
 
 
 def main() -> None:
