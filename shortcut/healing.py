@@ -86,7 +86,7 @@ def heal(
     nothing is written. OUT is there only if it loads, and is the base with these maps in the place of its spans.
     """
     from shortcut.checking.perplexity import perplexity
-    from shortcut.checking.verify import check_checkpoint
+    from shortcut.checking.verify import check_checkpoint, read_healed
     from shortcut.live import device_of, load_model, pick_device, pick_dtype
 
     folder, target = Path(short), Path(out)
@@ -95,6 +95,8 @@ def heal(
     cut, plan = read_checkpoint(folder), read_record(folder)
     if plan is None or not plan.dropped:
         raise ShortcutError(f"{folder} has no record ({RECORD}) of blocks that were dropped: there is nothing to heal")
+    if read_healed(folder):
+        raise ShortcutError(f"{folder} was healed already: heal the checkpoint that it was made from")
     check_target(target, overwrite=overwrite, base=folder)
     pick_dtype(dtype, pick_device(device))
     original = open_model(base or plan.base.model, revision or plan.base.revision, quiet=quiet)

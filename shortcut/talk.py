@@ -48,6 +48,8 @@ def chat(
     from shortcut.live import load_model, load_processor, load_tokenizer
     from shortcut.scoring.pictures import open_image
 
+    if new_tokens < 1:
+        raise ShortcutError(f"--new-tokens {new_tokens} is not a positive number")
     checkpoint = open_model(model, revision, quiet=quiet)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     sees = image is not None

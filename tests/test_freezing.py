@@ -163,6 +163,13 @@ def test_other_ways_to_freeze_wrongly(tmp_path: Path) -> None:
         shortcut.score(EMBEDDED_VISION, metric="kl", allow="drop,freeze-visual", **text)
     with pytest.raises(ShortcutError, match="blocks cannot be frozen where others are attention-only"):
         shortcut.cut(EMBEDDED_VISION, tmp_path / "out", freeze_visual="3", mlp_only="4", quiet=True)
+    with pytest.raises(ShortcutError, match="the format zeroed knows no freeze-visual blocks"):
+        shortcut.cut(EMBEDDED_VISION, tmp_path / "out", freeze_visual="3", format="zeroed", quiet=True)
+    with pytest.raises(ShortcutError, match="leave out --chat-template"):
+        shortcut.score(EMBEDDED_VISION, metric="kl", data="drawings", chat_template=True, **text)
+    shortcut.cut(EMBEDDED_VISION, tmp_path / "short", drop="5", quiet=True)
+    with pytest.raises(ShortcutError, match="folding is fitted on text, not on questions about images"):
+        shortcut.heal(tmp_path / "short", tmp_path / "healed", data="drawings", **text)
     with pytest.raises(ShortcutError, match="sweep compares perplexities"):
         shortcut.sweep(EMBEDDED_VISION, allow="freeze-visual", **text)
     with pytest.raises(ShortcutError, match="unknown action 'freeze-text'"):

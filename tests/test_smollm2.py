@@ -223,10 +223,7 @@ assert not {"torch", "transformers", "datasets"} & set(sys.modules)
 
 
 def test_folding_wins_back_perplexity(base: Path, tmp_path: Path) -> None:
-    """7 of 30 blocks: on prose that neither fitted nor decided anything, the healed model is far better than the cut.
-
-    The deciding text takes the last word: the map of a span that it does not like is left out.
-    """
+    """7 of 30 blocks: on prose that neither fitted nor decided anything, the healed model is far better."""
     text: dict[str, Any] = {"samples": 32, "length": 128, "quiet": True}
     shortcut.cut(base, tmp_path / "short", drop="12-18", quiet=True)
     report = shortcut.heal(tmp_path / "short", tmp_path / "out", **text)

@@ -49,3 +49,5 @@ def test_without_a_template(llama: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "sees no images" in capsys.readouterr().err
     assert main(["chat", EMBEDDED_VISION, "--image", __file__, "--prompt", "a"]) == 1
     assert "is no image that can be read" in capsys.readouterr().err
+    assert main(["chat", str(llama), "--prompt", "a", "--new-tokens", "0"]) == 1
+    assert "--new-tokens 0 is not a positive number" in capsys.readouterr().err

@@ -75,7 +75,7 @@ class CheckReport:
         lines = [f"{self.checkpoint} loads whole: no key missing, unexpected or mismatched"]
         if self.base is not None:
             lines += [
-                f"tensors: {'all' if not self.healed else 'all but the healed ones,'} "
+                f"tensors: {f'all but {len(self.healed)} healed ones,' if self.healed else 'all'} "
                 f"{format_size(self.bytes_compared or 0)} equal to the base's",
                 f"logits differ from the base's with its dropped blocks bypassed{self._meanwhile} by "
                 f"{self.logit_difference:.3g}",
@@ -108,6 +108,8 @@ def check_checkpoint(
     `load_model`. One model is in memory at a time. Raises ShortcutError at the first thing that is not as it should be.
     """
     healed = read_healed(short.folder)
+    if astray := sorted(set(healed) - set(short.tensors)):
+        raise ShortcutError(f"the record of {short.name} calls {astray[0]} healed, which it does not have")
     compared = None if base is None else compare_tensors(short, *base, healed)
     model = load_model(short.folder, **loading)
     batches = heldout.batches(batch_size, model.device)
@@ -147,14 +149,22 @@ def _measure(
 
 def read_healed(folder: Path) -> tuple[str, ...]:
     """The tensors that healing changed in a checkpoint, by its record."""
-    record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
-    return tuple(record.get("healed", {}).get("tensors", ()))
+    healed = read_json(folder / RECORD).get("healed") if (folder / RECORD).exists() else None
+    if healed is None:
+        return ()
+    names = healed.get("tensors") if isinstance(healed, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ShortcutError(f"{folder / RECORD} is damaged: it does not say which tensors were healed")
+    return tuple(names)
 
 
 def put_healed(base: Model, short: Checkpoint, plan: Plan, healed: Sequence[str]) -> None:
     """Give a live base the values that healing gave the shortened checkpoint."""
     for name in healed:
-        block, rest = short.anatomy.split(name) or (0, name)
+        where = short.anatomy.split(name)
+        if where is None:
+            raise ShortcutError(f"the record of {short.name} calls {name} healed, which is in no block")
+        block, rest = where
         with safe_open(short.tensors[name].file, framework="pt") as file:
             weight = find_blocks(base)[plan.kept[block]].get_parameter(rest)
             weight.data.copy_(file.get_tensor(name))

@@ -56,8 +56,9 @@ class Plan:
             raise ShortcutError(f"the plan drops all {self.base.blocks} blocks: at least one has to stay")
         if self.format not in get_args(Format):
             raise ShortcutError(f"unknown format {self.format!r}: there are {', '.join(get_args(Format))}")
-        if self.format != "custom" and self.blocks("last-token"):
-            raise ShortcutError(f"the format {self.format} knows no last-token blocks: they need --format custom")
+        for action in ("last-token", "freeze-visual") if self.format != "custom" else ():
+            if action in self.actions:
+                raise ShortcutError(f"the format {self.format} knows no {action} blocks: they need --format custom")
         if self.frozen and (self.hollow or self.blocks("last-token")):
             raise ShortcutError("blocks cannot be frozen where others are attention-only, mlp-only or last-token")
         if all("attention" in GONE[action] for action in self.actions):

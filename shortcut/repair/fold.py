@@ -104,6 +104,8 @@ def fit_folds(
     decoder.check_alone("folding")
     if plan.changes and set(plan.actions) - {"keep", "drop"}:
         raise ShortcutError("folding is for plans that drop whole blocks, and nothing else")
+    if batches[0].visual is not None:
+        raise ShortcutError("folding is fitted on text, not on questions about images")
     fitting, checking = ([Streams.start(decoder, batch) for batch in each] for each in (batches, deciding))
     folds: list[Fold] = []
     front, name = -1, ""  # the last kept block, and the projection in it that takes the map

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from shortcut.decoder import Batch
 from shortcut.errors import ShortcutError
 from shortcut.scoring.calibration import Calibration
-from shortcut.scoring.documents import Source, read_rows
+from shortcut.scoring.documents import Source, parse_domains, read_rows
 
 DRAWN = {"default": 0, "drawings": 0, "heldout": 1}  # those that come with the package: even seeds and odd ones
 IMAGE_COLUMNS = ("image", "images", "img", "picture", "image_path", "image_url", "file_name")
@@ -37,7 +38,7 @@ class Pair:
 class Pictures:
     """Questions about images as a processor writes them, and everything needed to make them again.
 
-    visual: the ids of tokens that stand for parts of images. domains: there is one only.
+    visual: the ids of tokens that stand for parts of images.
     """
 
     source: Source
@@ -46,7 +47,7 @@ class Pictures:
     visual: tuple[int, ...]
     sequences: tuple[Pair, ...]
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """The first 16 hexadecimal digits of the SHA-256 of questions, answers and pixels."""
         digest = hashlib.sha256()
@@ -56,7 +57,7 @@ class Pictures:
                 digest.update(image.tobytes())
         return digest.hexdigest()[:16]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Number of real tokens."""
         return sum(int(batch.mask.sum()) for batch in self.batches(1))
@@ -129,6 +130,10 @@ def make_pictures(processor: Any, visual: tuple[int, ...], source: Source, *, sa
 
     Raises ShortcutError where the source cannot be read, an image is none, or there are fewer than asked for.
     """
+    if source.chat_template:
+        raise ShortcutError(
+            "questions about images go through the processor's chat template: leave out --chat-template"
+        )
     if samples < 1:
         raise ShortcutError(f"--samples {samples} is too small")
     if find_spec("PIL") is None:
@@ -153,9 +158,10 @@ def holds_images(source: Source) -> bool:
     """Whether a source has images beside its text. Raises ShortcutError as `read_rows` does."""
     if source.data == "drawings":
         return True
-    if source.data in DRAWN or Path(source.data).suffix == ".txt" or "," in source.data:
+    domains = list(parse_domains(source.data))
+    if domains[0] in DRAWN or Path(domains[0]).suffix == ".txt" or len(domains) > 1:
         return False
-    first = next(iter(read_rows(source, seed=0)), {})
+    first = next(iter(read_rows(replace(source, data=domains[0]), seed=0)), {})
     return any(column in first for column in IMAGE_COLUMNS)
 
 

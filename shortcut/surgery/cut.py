@@ -23,7 +23,7 @@ from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoi
 from shortcut.surgery.config import check_family, cut_config, is_plain
 from shortcut.surgery.decilm import check_decilm
 from shortcut.surgery.families import is_proven
-from shortcut.surgery.hollow import blanked, gone_by_half, hollow_config, write_modeling_file
+from shortcut.surgery.hollow import blanked, gone_by_half, hollow_config, renumber_frozen, write_modeling_file
 from shortcut.surgery.numbering import (
     QUANTISATION_FIELDS,
     QUANTISATION_FILES,
@@ -130,8 +130,7 @@ def shorten_config(
         raise ShortcutError(f"{checkpoint.name} comes with code of its own: --trust-remote-code lets the guard run it")
     code = checkpoint.folder if own_code else None
     config = cut_config(checkpoint.config, checkpoint.anatomy, plan.kept, code)
-    if isinstance(shortv := config.get("shortv"), dict):  # from a plan before
-        config["shortv"] = {**shortv, "blocks": [plan.kept.index(old) for old in shortv["blocks"] if old in plan.kept]}
+    config = renumber_frozen(config, plan.kept)
     if plan.dropped:
         for part in (config, *(config[key] for key in checkpoint.anatomy.config_path)):
             for field in QUANTISATION_FIELDS:

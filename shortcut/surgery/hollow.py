@@ -1,6 +1,6 @@
 """Blocks of another kind on disk: which tensors go, and the config and modeling file that build what is left."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,14 @@ def hollow_config(config: dict[str, Any], checkpoint: Checkpoint, plan: Plan) ->
         text["prefill"] = "all"  # what layers without an entry of their own do
     text["per_layer_config"] = layers
     return config
+
+
+def renumber_frozen(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The config with the frozen blocks of a plan before, where there are any, by their numbers among the kept ones."""
+    shortv = config.get("shortv")
+    if not isinstance(shortv, dict) or not isinstance(frozen := shortv.get("blocks"), list):
+        return config
+    return {**config, "shortv": {**shortv, "blocks": [new for new, old in enumerate(kept) if old in frozen]}}
 
 
 def check_frozen(content: Mapping[str, Any], config: Any, plan: Plan) -> None:
