@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if {"-h", "--help"} & set(words):
             print(_help(COMMANDS[words[0]]))
             return 0
-        if are_several() and COMMANDS[words[0]] is not measure.score:
-            raise UsageError(f"{words[0]} runs in one process; torchrun is for score")
+        if are_several() and COMMANDS[words[0]] not in (measure.score, healing.heal):
+            raise UsageError(f"{words[0]} runs in one process; torchrun is for score and heal")
         as_json = "--json" in words
         call = _parse([word for word in words if word != "--json"])
         result = call()

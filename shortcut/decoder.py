@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shortcut.branches import Branches, find_branches
 from shortcut.errors import ShortcutError
@@ -37,25 +38,37 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Batch:
     """Token ids and their mask, both (batch, tokens); the mask is False on padding, which is on the right.
 
-    visual: which tokens stand for parts of images, (batch, tokens); extra: what else the model is called with then.
+    visual: which tokens stand for parts of images, (batch, tokens); extra: what else the model is called with then;
+    answers: which tokens are of the answers, where these are there.
     """
 
     ids: Tensor
     mask: Tensor
     visual: Tensor | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    answers: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
         extra = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.extra.items()}
         visual = None if self.visual is None else self.visual.to(device)
-        return Batch(self.ids.to(device), self.mask.to(device), visual, extra)
+        answers = None if self.answers is None else self.answers.to(device)
+        return Batch(self.ids.to(device), self.mask.to(device), visual, extra, answers)
 
     @property
     def inputs(self) -> dict[str, Any]:
         """What a model is called with. A full mask is left out: attention then takes its fastest path."""
         mask = {} if self.mask.all() else {"attention_mask": self.mask.long()}
         return {"input_ids": self.ids, **mask, **self.extra}
+
+    @property
+    def predicted(self) -> Tensor:
+        """Which tokens count when predictions are judged, all but the first of a row: (batch, tokens - 1).
+
+        Those of answers where they are there, else those that are text.
+        """
+        text = self.mask if self.visual is None else self.mask & ~self.visual
+        return (text if self.answers is None else self.answers)[:, 1:]
 
     def frozen(self, action: Action) -> Tensor:
         """Which tokens an action freezes: (batch, tokens). Raises ShortcutError where there are no images."""
@@ -162,13 +175,19 @@ class Decoder:
             family = self.model.config.model_type
             raise ShortcutError(f"blocks of {family} that see images do not run one by one: {difference:.3g} apart")
 
-    def states(self, batch: Batch) -> list[Tensor]:
-        """The states before every block, and those after the last: (batch, tokens, width) each."""
+    def states(self, batch: Batch, *, recompute: bool = False) -> list[Tensor]:
+        """The states before every block, and those after the last: (batch, tokens, width) each.
+
+        recompute: what goes on within a block is forgotten, and run again when gradients are taken.
+        """
         calls = self.calls(batch)
         states = [hidden_input(*calls[0])]
         for number, (call, added) in enumerate(zip(calls, self.additions(calls), strict=True)):
             states[-1] = states[-1] if added is None else states[-1] + added
-            states.append(self.run(number, states[-1], call))
+            if recompute:
+                states.append(checkpoint(self.run, number, states[-1], call, use_reentrant=False))
+            else:
+                states.append(self.run(number, states[-1], call))
         return states
 
     def branches(self, number: int) -> Branches:

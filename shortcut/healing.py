@@ -1,5 +1,6 @@
 """Healing a shortened checkpoint: what was lost is won back in part, and how much of it is measured."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from shortcut import runs
 from shortcut.commands import read_record
 from shortcut.errors import ShortcutError
+from shortcut.presets import HEAL_PRESETS, HealPresetName, presets_from
+from shortcut.processes import are_several, is_writer, writer_first
 from shortcut.progress import byte_bar, say
+from shortcut.records.actions import Tune
 from shortcut.records.plan import Plan
 from shortcut.scoring.documents import Source
 from shortcut.sources import open_model
@@ -17,56 +21,85 @@ from shortcut.surgery.checkpoint import Checkpoint, read_checkpoint, read_json
 from shortcut.surgery.cut import write_checkpoint, write_json
 from shortcut.surgery.stage import RECORD, check_target, staged
 from shortcut.text import format_table
+from shortcut.tuning import Patient, Step, Tuning, train_checkpoint
 
 if TYPE_CHECKING:
     from shortcut.checking.verify import CheckReport
-    from shortcut.repair.fold import Fold
+    from shortcut.scoring.pictures import Material
 
-Method = Literal["fold"]
+Method = Literal["scale", "fold", "lora", "distill"]
+Objective = Literal["least-squares", "cosine"]
+FITTED: tuple[Method, ...] = ("scale", "fold")
+TRAINED: tuple[Method, ...] = ("lora", "distill")
+BESIDE = ("plan.yaml", "scores.json", "scores.png")  # of what a checkpoint carries, what still holds
+SAMPLES = {"fit": 64, "train": 2048}  # sequences, where --samples does not say
+HELDOUT_SAMPLES = {"text": 16, "images": 64}
 
 
 @dataclass(frozen=True)
 class HealReport:
-    """What healing did, and the perplexity of base, shortened and healed model on text that chose nothing."""
+    """What healing did, and what base, shortened and healed model are worth on text that chose nothing."""
 
     out: str
-    method: Method
+    methods: tuple[Method, ...]
     changes: tuple[str, ...]
-    perplexity_cut: float
+    cut: "CheckReport"
     check: "CheckReport"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for --json."""
-        found = {"out": self.out, "method": self.method, "changes": list(self.changes)}
-        return {**found, "perplexity_cut": self.perplexity_cut, "check": self.check.to_dict()}
+        found = {"out": self.out, "methods": list(self.methods), "changes": list(self.changes)}
+        return {**found, "cut": self.cut.to_dict(), "check": self.check.to_dict()}
 
     def __str__(self) -> str:
-        values = (self.check.perplexity_base, self.perplexity_cut, self.check.perplexity)
-        row: list[object] = ["perplexity", *("" if value is None else f"{value:.2f}" for value in values)]
+        rows = [
+            [name, before, was, now]
+            for (name, _, was), (_, before, now) in zip(self.cut.rows, self.check.rows, strict=True)
+        ]
         return "\n".join(
             [
-                f"wrote {self.out}, healed by {self.method}",
+                f"wrote {self.out}, healed by {', then '.join(self.methods)}",
                 *self.changes,
                 "",
-                format_table(["", "base", "cut", "healed"], [row]),
+                format_table(["", "base", "cut", "healed"], rows),
                 "",
                 str(self.check),
             ]
         )
 
 
+@presets_from(HEAL_PRESETS)
 def heal(
     short: str | Path,
     out: str | Path,
     *,
     base: str | None = None,
-    method: Method = "fold",
+    method: str = "fold",
+    preset: HealPresetName | None = None,  # noqa: ARG001  (read by the decorator)
+    minutes: float | None = None,
+    tokens: int | None = None,
+    epochs: float = 1.0,
+    learning_rate: float = 5e-4,
+    rank: int = 32,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    tune: Tune = "all",
+    full: bool = False,
+    temperature: float = 1.0,
+    match: float = 0.0,
+    top_k: int = 0,
+    accumulate: int = 1,
+    patience: int = 3,
+    bf16: bool = False,
+    gradient_checkpointing: bool = False,
+    keep_adapter: bool = False,
+    objective: Objective = "least-squares",
     data: str = "default",
     heldout: str = "heldout",
     split: str = "train",
     column: str | None = None,
     chat_template: bool = False,
-    samples: int = 64,
+    samples: int | None = None,
     length: int = 512,
     by_document: bool = False,
     seed: int = 0,
@@ -79,83 +112,142 @@ def heal(
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> HealReport:
-    """Win back some of what deleting blocks cost, and write the healed checkpoint to OUT; SHORT stays as it is.
+    """Win back some of what shortening cost, and write the healed checkpoint to OUT; SHORT stays as it is.
 
-    fold trains nothing: what every deleted span did to the stream is fitted by a linear map and merged into weights in
-    front of it. A quarter of the text decides how strongly, and whether at all: where no map lowers its perplexity,
-    nothing is written. OUT is there only if it loads, and is the base with these maps in the place of its spans.
+    Without training: fold merges a linear map for every deleted span into weights in front of it, scale a single number
+    into those behind it. With training, until --minutes, --tokens or --epochs are over: lora learns to predict text,
+    distill to predict what the base predicts. One of each may follow each other: fold,distill. Text set aside decides
+    what is kept, and whether anything is: where nothing was gained, nothing is written. A training that was killed goes
+    on when the command is given again. OUT is there only if it loads, and is the base with these weights in it.
     """
-    from shortcut.checking.perplexity import perplexity
-    from shortcut.checking.verify import check_checkpoint, read_healed
-    from shortcut.live import device_of, load_model, pick_device, pick_dtype
+    from shortcut.live import pick_device, pick_dtype
 
-    folder, target = Path(short), Path(out)
+    methods, folder, target = _parse_methods(method), Path(short), Path(out)
+    training: dict[str, Any] = {"minutes": minutes, "tokens": tokens, "epochs": epochs, "learning_rate": learning_rate}
+    training |= {"rank": rank, "alpha": alpha, "dropout": dropout, "tune": tune, "full": full, "bf16": bf16}
+    training |= {"temperature": temperature, "match": match, "top_k": top_k, "accumulate": accumulate, "seed": seed}
+    training |= {"batch_size": batch_size, "patience": patience, "gradient_checkpointing": gradient_checkpointing}
+    training |= {"keep_adapter": keep_adapter}
+    tuning = Tuning(distill="distill" in methods, **training)
+    tuning.check()
+    if keep_adapter and set(methods) & set(FITTED):
+        raise ShortcutError(f"--keep-adapter is for {' and '.join(TRAINED)} alone: heal by {methods[0]} first")
+    cut, plan = _read_short(folder, methods)
+    check_target(target, overwrite=overwrite, base=folder)
+    pick_dtype(dtype, pick_device(device))
+    with writer_first():  # it may have to fetch or convert
+        original = open_model(base or plan.base.model, revision or plan.base.revision, quiet=quiet)
+    loading = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    patient = Patient(cut, original, plan, batch_size, loading, quiet)
+    source = Source(data, split, column, chat_template)
+    take: dict[str, Any] = {"length": length, "by_document": by_document, "images": bool(plan.frozen)}
+    take["trust_remote_code"] = trust_remote_code
+    number = HELDOUT_SAMPLES["images" if plan.frozen else "text"]
+    unseen = runs.take_text(cut, replace(source, data=heldout), number, seed=0, **take)
+    steps: list[Step] = []
+    for step in methods:
+        most = SAMPLES["fit" if step in FITTED else "train"]
+        taken = runs.take_text(cut, source, samples or most, seed=seed, fewer=samples is None, **take)
+        if step in FITTED:
+            steps.append(_fit(patient, step, taken, objective, offload=offload))
+        else:
+            state = target.with_name(f"{target.name}.training")
+            steps.append(train_checkpoint(patient, tuning, taken, steps[-1].changed if steps else {}, state))
+    if not is_writer():
+        raise SystemExit  # the others have done their part
+    with staged(target, overwrite=overwrite, base=folder, size=cut.size) as stage:
+        healed = _write(patient, steps, stage)
+        cut_check, check = _compare(patient, replace(healed, name=str(out)), unseen)
+    steps[-1].forget()
+    return HealReport(str(out), methods, tuple(line for step in steps for line in step.lines), cut_check, check)
+
+
+def _parse_methods(text: str) -> tuple[Method, ...]:
+    """Read "fold,distill": one that is fitted, one that is trained, or the one and then the other."""
+    known: tuple[Method, ...] = (*FITTED, *TRAINED)
+    methods = tuple(name for word in text.split(",") for name in known if name == word.strip())
+    if len(methods) != len(text.split(",")):
+        raise ShortcutError(
+            f"--method {text}: there are {', '.join(known)}, and of {', '.join(FITTED)} one may go first"
+        )
+    kinds = ["fit" if name in FITTED else "train" for name in methods]
+    if kinds not in (["fit"], ["train"], ["fit", "train"]):
+        raise ShortcutError(
+            f"--method {text}: one of {', '.join(FITTED)}, then one of {', '.join(TRAINED)}, or one alone"
+        )
+    if "fit" in kinds and are_several():
+        raise ShortcutError(f"{methods[0]} runs in one process: heal by it first, and train what it gave in several")
+    return methods
+
+
+def _read_short(folder: Path, methods: Sequence[Method]) -> tuple[Checkpoint, Plan]:
+    """The shortened checkpoint, and the plan that made it. Raises ShortcutError where there is nothing to heal."""
+    from shortcut.checking.verify import read_healed
+
     if not folder.is_dir():
         raise ShortcutError(f"no folder {folder}")
     cut, plan = read_checkpoint(folder), read_record(folder)
-    if plan is None or not plan.dropped:
-        raise ShortcutError(f"{folder} has no record ({RECORD}) of blocks that were dropped: there is nothing to heal")
-    if read_healed(folder):
-        raise ShortcutError(f"{folder} was healed already: heal the checkpoint that it was made from")
-    check_target(target, overwrite=overwrite, base=folder)
-    pick_dtype(dtype, pick_device(device))
-    original = open_model(base or plan.base.model, revision or plan.base.revision, quiet=quiet)
-    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    loading, source = {"device": device, "dtype": dtype, **trust}, Source(data, split, column, chat_template)
-    text: dict[str, Any] = {"length": length, "by_document": by_document, **trust}
-    fitting, deciding = runs.take_text(original, source, samples, seed=seed, **text).split(max(1, samples // 4))
-    unseen = runs.take_text(cut, replace(source, data=heldout), 16, seed=0, **text)
-    say(f"folding on {fitting.tokens} tokens, and {deciding.tokens} others that decide", quiet=quiet)
-    with runs.start(original, offload=offload, quiet=quiet, **loading) as live:
-        parts = [each.batches(batch_size, device_of(live)) for each in (fitting, deciding)]
-        folds, changed = _fold(live, plan, parts, quiet=quiet)
-    with (
-        TemporaryDirectory(prefix="shortcut-") as scratch,
-        staged(target, overwrite=overwrite, base=folder, size=cut.size) as stage,
-    ):
-        healed = _write(cut, plan, changed, Path(scratch), stage, record=folds, quiet=quiet)
-        before = perplexity(load_model(folder, **loading), unseen.batches(batch_size, pick_device(device)))
-        compared, named = (original, plan), replace(healed, name=str(out))
-        checked = check_checkpoint(named, compared, unseen, batch_size=batch_size, quiet=quiet, **loading)
-    return HealReport(str(out), method, tuple(map(str, folds)), before, checked)
+    if plan is None or not plan.changes:
+        raise ShortcutError(f"{folder} has no record ({RECORD}) of what went: there is nothing to heal")
+    if methods[0] in FITTED and read_healed(folder):
+        raise ShortcutError(f"{folder} was healed already: {methods[0]} takes the checkpoint that it was made from")
+    return cut, plan
 
 
-def _fold(live: Any, plan: Plan, parts: Sequence[Any], *, quiet: bool) -> tuple[list["Fold"], dict[int, Any]]:
-    """The maps that help, and by block of the base the weights that hold them. Raises ShortcutError where none does."""
+def _fit(patient: Patient, method: Method, material: "Material", objective: Objective, *, offload: bool) -> Step:
+    """Heal without training. Raises ShortcutError where that does not help."""
     from shortcut.decoder import Decoder
+    from shortcut.live import device_of
     from shortcut.offload import resident
     from shortcut.repair.fold import fit_folds
+    from shortcut.repair.write import names_in
 
-    decoder = Decoder.of(live)
-    folds = fit_folds(decoder, plan, *parts, quiet=quiet)
-    if not folds:
-        raise ShortcutError("no linear map in the place of these blocks lowers the perplexity: nothing to heal by fold")
-    changed = {}
-    for fold in folds:
-        with resident(decoder.blocks[fold.block]):
-            changed[fold.block] = fold.weights(decoder.blocks[fold.block])
-    return folds, changed
+    fitting, deciding = material.split(max(1, len(material.sequences) // 4))
+    aloud = f"{method}: fitted on {fitting.tokens} tokens, and {deciding.tokens} others decide"
+    say(aloud, quiet=patient.quiet)
+    with runs.start(patient.base, offload=offload, quiet=patient.quiet, **patient.loading) as live:
+        parts = [each.batches(patient.batch_size, device_of(live)) for each in (fitting, deciding)]
+        decoder = Decoder.of(live)
+        fits = fit_folds(decoder, patient.plan, *parts, quiet=patient.quiet)
+        if not fits:
+            raise ShortcutError(
+                f"no {method} in the place of these blocks lowers the perplexity: nothing to heal by it"
+            )
+        changed = {}
+        for fit in fits:
+            with resident(decoder.blocks[fit.block]):
+                changed[fit.block] = fit.weights(decoder.blocks[fit.block])
+    record = {"method": method, "fits": [{"span": list(f.span)} for f in fits], "data": material.record()}
+    return Step(names_in(patient.cut, patient.plan, changed), record, tuple(map(str, fits)))
 
 
-def _write(
-    cut: Checkpoint,
-    plan: Plan,
-    changed: dict[int, Any],
-    scratch: Path,
-    folder: Path,
-    *,
-    record: Sequence["Fold"],
-    quiet: bool,
-) -> Checkpoint:
+def _write(patient: Patient, steps: Sequence[Step], folder: Path) -> Checkpoint:
     """Write the shortened checkpoint with other values in some tensors, and into its record what was done."""
-    from shortcut.repair.write import names_in, with_tensors
+    from shortcut.repair.write import with_tensors
 
-    named = names_in(cut, plan, changed)
-    changes = with_tensors(cut, named, scratch / "changed.safetensors")
-    keeping = Plan.dropping(cut.base, ())
-    with byte_bar(cut.size, "writing", quiet=quiet) as advance:
-        written = write_checkpoint(changes, keeping, dict(cut.config), folder, advance=advance)
-    done = [{"span": list(f.span), "block": f.block, "module": f.module, "ridge": f.ridge} for f in record]
-    healed = {"method": "fold", "folds": done, "tensors": sorted(named)}
-    write_json(folder / RECORD, {**read_json(cut.folder / RECORD), "healed": healed})
+    cut = patient.cut
+    changed = {name: values for step in steps for name, values in step.changed.items()}
+    with TemporaryDirectory(prefix="shortcut-") as scratch:
+        changes = with_tensors(cut, changed, Path(scratch) / "changed.safetensors")
+        with byte_bar(cut.size, "writing", quiet=patient.quiet) as advance:
+            written = write_checkpoint(changes, Plan.dropping(cut.base, ()), dict(cut.config), folder, advance=advance)
+    record = read_json(cut.folder / RECORD)
+    before = record.get("healed", {"steps": [], "tensors": []})
+    tensors = sorted({*before["tensors"], *changed})
+    healed = {"steps": [*before["steps"], *(step.record for step in steps)], "tensors": tensors}
+    write_json(folder / RECORD, {**record, "healed": healed})
+    for name in BESIDE:
+        if (cut.folder / name).exists():
+            shutil.copyfile(cut.folder / name, folder / name)
+    if (adapter := steps[-1].adapter) is not None:
+        adapter.save(folder / "adapter")
     return written
+
+
+def _compare(patient: Patient, healed: Checkpoint, unseen: "Material") -> "tuple[CheckReport, CheckReport]":
+    """What the shortened model was worth, and the check of the healed one against the base."""
+    from shortcut.checking.verify import check_checkpoint
+
+    how: dict[str, Any] = {"batch_size": patient.batch_size, "quiet": patient.quiet, **patient.loading}
+    cut = check_checkpoint(patient.cut, None, unseen, **how)
+    return cut, check_checkpoint(healed, (patient.base, patient.plan), unseen, **how)

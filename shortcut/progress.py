@@ -34,3 +34,19 @@ def byte_bar(total: int, label: str, *, quiet: bool) -> Iterator[Callable[[int],
 def _silent(*, quiet: bool) -> bool | None:
     """For tqdm: yes, or where stderr is no terminal."""
     return True if quiet or not is_writer() else None
+
+
+@contextmanager
+def gauge(label: str, *, quiet: bool) -> Iterator[Callable[[float, str], None]]:
+    """A bar with the time left, for work of which only the done part is known; gives the function that shows it.
+
+    That takes the done part, from 0 to 1, and a word on how it goes.
+    """
+    form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=1.0, desc=label, leave=False, bar_format=form, disable=_silent(quiet=quiet)) as bar:
+
+        def show(done: float, note: str) -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(done - bar.n)
+
+        yield show

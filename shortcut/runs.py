@@ -42,12 +42,13 @@ def take_text(
     trust_remote_code: bool,
     seed: int,
     images: bool = False,
+    fewer: bool = False,
     **how: Any,
 ) -> "Material":
     """Tokenise text for a checkpoint, or questions about images, where the source has images and the model sees them.
 
-    images: whether there have to be any. how: the other options of `make_calibration`, which says what can go wrong, as
-    does `make_pictures`.
+    images: whether there have to be any; fewer: whether fewer samples will do, where there are no more. how: the other
+    options of `make_calibration`, which says what can go wrong, as does `make_pictures`.
     """
     from shortcut.live import load_processor, load_tokenizer
     from shortcut.scoring.calibration import make_calibration
@@ -56,9 +57,9 @@ def take_text(
     if images or (sees_images(checkpoint.config) and holds_images(source)):
         visual = visual_tokens(checkpoint.config)
         processor = load_processor(checkpoint.folder, trust_remote_code=trust_remote_code)
-        return make_pictures(processor, visual, source, samples=samples, seed=seed)
+        return make_pictures(processor, visual, source, samples=samples, seed=seed, fewer=fewer)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    return make_calibration(tokenizer, source, samples=samples, seed=seed, **how)
+    return make_calibration(tokenizer, source, samples=samples, seed=seed, fewer=fewer, **how)
 
 
 def start(checkpoint: Checkpoint, **how: Any) -> AbstractContextManager[Any]:

@@ -56,4 +56,4 @@ def test_other_commands_run_in_one_process(
     """What writes checkpoints refuses to run several times at once."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["cut", str(llama), "out", "--drop", "1"]) == 2
-    assert "cut runs in one process; torchrun is for score" in capsys.readouterr().err
+    assert "cut runs in one process; torchrun is for score and heal" in capsys.readouterr().err

@@ -22,11 +22,12 @@ def perplexity(model: Model, batches: Iterable[Batch]) -> float:
     total, count = 0.0, 0
     for batch in batches:
         logits = model(**batch.inputs, use_cache=False).logits
-        scored = batch.mask[:, 1:] if batch.visual is None else (batch.mask & ~batch.visual)[:, 1:]
-        for row, targets, real in zip(logits, batch.ids, scored, strict=True):  # a sequence at a time: small copies
+        for row, targets, real in zip(
+            logits, batch.ids, batch.predicted, strict=True
+        ):  # a sequence at a time: small copies
             losses = nn.functional.cross_entropy(row[:-1][real].float(), targets[1:][real], reduction="sum")
             total += losses.item()
-        count += int(scored.sum())
+        count += int(batch.predicted.sum())
     if not math.isfinite(total):
         raise ShortcutError(f"the model gives NaN or infinity in {logits.dtype}: use --dtype float32 or bfloat16")
     return perplexity_of(total / count)

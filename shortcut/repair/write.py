@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shortcut.errors import ShortcutError
+from shortcut.live import Model, find_blocks
 from shortcut.records.plan import Plan
 from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.tensors import read_header
@@ -22,13 +23,9 @@ def with_tensors(checkpoint: Checkpoint, changed: Mapping[str, Tensor], scratch:
 
     scratch: a file that holds them. Raises ShortcutError for a tensor that is not there, or is quantised.
     """
-    stored: dict[str, Tensor] = {}
-    for name, values in changed.items():
-        old = checkpoint.tensors.get(name)
-        if old is None or old.dtype not in DTYPES or old.shape != tuple(values.shape):
-            what = "has no tensor" if old is None else f"stores as {old.dtype} {old.shape}"
-            raise ShortcutError(f"{checkpoint.name} {what} {name}, which is to be changed")
-        stored[name] = values.to(DTYPES[old.dtype]).contiguous().cpu()
+    check_changes(checkpoint, {name: tuple(values.shape) for name, values in changed.items()})
+    dtypes = {name: DTYPES[checkpoint.tensors[name].dtype] for name in changed}
+    stored = {name: values.to(dtypes[name]).contiguous().cpu() for name, values in changed.items()}
     save_file(stored, scratch)
     new = {tensor.name: tensor for tensor in read_header(scratch).tensors}
     files = tuple(
@@ -36,6 +33,23 @@ def with_tensors(checkpoint: Checkpoint, changed: Mapping[str, Tensor], scratch:
         for file in checkpoint.files
     )
     return replace(checkpoint, files=files)
+
+
+def check_changes(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ShortcutError for a tensor that is not there in this shape, or is quantised."""
+    for name, shape in shapes.items():
+        old = checkpoint.tensors.get(name)
+        if old is None or old.dtype not in DTYPES or old.shape != shape:
+            what = "has no tensor" if old is None else f"stores as {old.dtype} {old.shape}"
+            raise ShortcutError(f"{checkpoint.name} {what} {name}, which is to be changed")
+
+
+def put_tensors(model: Model, checkpoint: Checkpoint, changed: Mapping[str, Tensor]) -> None:
+    """Give a live model of a checkpoint other values for some tensors of its blocks, by their names there."""
+    for name, values in changed.items():
+        where = checkpoint.anatomy.split(name)
+        assert where is not None
+        find_blocks(model)[where[0]].get_parameter(where[1]).data.copy_(values)
 
 
 def names_in(checkpoint: Checkpoint, plan: Plan, changed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

@@ -104,13 +104,21 @@ class Calibration:
 
 
 def make_calibration(
-    tokenizer: Any, source: Source, *, samples: int, length: int, seed: int = 0, by_document: bool = False
+    tokenizer: Any,
+    source: Source,
+    *,
+    samples: int,
+    length: int,
+    seed: int = 0,
+    by_document: bool = False,
+    fewer: bool = False,
 ) -> Calibration:
     """Tokenise a source into `samples` sequences of `length` tokens, the same for the same seed on every machine.
 
     Every sequence starts with the BOS token, once, if the tokenizer puts one before text. Of several domains each gives
-    its share of the sequences. Raises ShortcutError where the source cannot be read, or holds less text than was asked
-    for, and where a chat template is asked for and the tokenizer has none, or it refuses a conversation.
+    its share of the sequences. fewer: whether fewer will do where there are no more. Raises ShortcutError where the
+    source cannot be read, or holds less text than was asked for, and where a chat template is asked for and the
+    tokenizer has none, or it refuses a conversation.
     """
     for name, value in (("samples", samples), ("length", length)):
         if value < 2 - (name == "samples"):
@@ -118,13 +126,18 @@ def make_calibration(
     weights = parse_domains(source.data)
     shares = share_out(samples, list(weights.values()))
     sequences: list[tuple[int, ...]] = []
-    for data, share in zip(weights, shares, strict=True):
+    domains: list[int] = []
+    for number, (data, share) in enumerate(zip(weights, shares, strict=True)):
         if not share:
             raise ShortcutError(f"--samples {samples} leaves none for {data}: use more, or give it more weight")
-        sequences += _make_sequences(tokenizer, replace(source, data=data), share, length, seed, by_document)
-    domains = tuple(number for number, share in enumerate(shares) for _ in range(share))
+        found = _make_sequences(tokenizer, replace(source, data=data), share, length, seed, by_document)
+        if len(found) < (1 if fewer else share):
+            unit = "documents" if by_document else f"sequences of {length} tokens"
+            raise ShortcutError(f"{data} holds {len(found)} {unit} and --samples asks it for {share}")
+        sequences += found
+        domains += [number] * len(found)
     starts_with_bos = all(row[0] == tokenizer.bos_token_id for row in sequences)
-    return Calibration(source, length, seed, by_document, starts_with_bos, tuple(sequences), domains)
+    return Calibration(source, length, seed, by_document, starts_with_bos, tuple(sequences), tuple(domains))
 
 
 def share_out(total: int, weights: Sequence[float]) -> list[int]:
@@ -141,7 +154,7 @@ def share_out(total: int, weights: Sequence[float]) -> list[int]:
 def _make_sequences(
     tokenizer: Any, source: Source, samples: int, length: int, seed: int, by_document: bool
 ) -> list[tuple[int, ...]]:
-    """The sequences of one domain."""
+    """The sequences of one domain: so many, or all that it holds."""
     bos = leading_bos(tokenizer)
     room = length - len(bos)
     pieces: list[Sequence[int]] = []
@@ -162,9 +175,6 @@ def _make_sequences(
         windows = [joined[start : start + room] for start in range(0, len(joined) - room + 1, room)]
         chosen = random.Random(seed).sample(range(len(windows)), min(samples, len(windows)))
         pieces = [windows[number] for number in sorted(chosen)]
-    if len(pieces) < samples:
-        unit = "documents" if by_document else f"sequences of {length} tokens"
-        raise ShortcutError(f"{source.data} holds {len(pieces)} {unit} and --samples asks it for {samples}")
     return [(*bos, *piece) for piece in pieces]
 
 

@@ -38,7 +38,7 @@ class Pair:
 class Pictures:
     """Questions about images as a processor writes them, and everything needed to make them again.
 
-    visual: the ids of tokens that stand for parts of images.
+    visual: the ids of tokens that stand for parts of images. answered: whether the answers are written as well.
     """
 
     source: Source
@@ -46,6 +46,7 @@ class Pictures:
     processor: Any
     visual: tuple[int, ...]
     sequences: tuple[Pair, ...]
+    answered: bool = False
 
     @cached_property
     def hash(self) -> str:
@@ -92,22 +93,32 @@ class Pictures:
 
     def _batch(self, pairs: Sequence[Pair]) -> Batch:
         self.processor.tokenizer.padding_side = "right"
-        read = encode(self.processor, pairs)
-        ids = read["input_ids"]
+        read = encode(self.processor, pairs, answered=self.answered)
+        ids, mask = read["input_ids"], read["attention_mask"].bool()
         extra = {name: value for name, value in read.items() if name not in NOT_INPUTS}
-        return Batch(ids, read["attention_mask"].bool(), torch.isin(ids, torch.tensor(self.visual)), extra)
+        answers = None
+        if self.answered:
+            asked = encode(self.processor, pairs)["attention_mask"].sum(dim=1, keepdim=True)
+            answers = mask & (torch.arange(ids.shape[1]) >= asked)
+        return Batch(ids, mask, torch.isin(ids, torch.tensor(self.visual)), extra, answers)
+
+    def with_answers(self) -> "Pictures":
+        """The same, with the answers behind the questions. Raises ShortcutError where one is not known."""
+        if missing := [pair.question for pair in self.sequences if pair.answer is None]:
+            raise ShortcutError(f"{self.source.data} has no answer to {missing[0][:60]!r}: training needs answers")
+        return replace(self, answered=True)
 
 
 Material = Calibration | Pictures  # what models are scored and measured on
 
 
-def encode(processor: Any, pairs: Sequence[Pair]) -> dict[str, Any]:
+def encode(processor: Any, pairs: Sequence[Pair], *, answered: bool = False) -> dict[str, Any]:
     """What a processor makes of questions with their images, as they are put to the model, padded to equal length.
 
     Raises ShortcutError for what the processor does not take.
     """
     try:
-        prompts = [prompt(processor, pair) for pair in pairs]
+        prompts = [prompt(processor, pair, answered=answered) for pair in pairs]
         bos = getattr(processor.tokenizer, "bos_token", None)
         special = not (bos and all(text.startswith(bos) for text in prompts))
         images = [list(pair.images) for pair in pairs]
@@ -117,18 +128,28 @@ def encode(processor: Any, pairs: Sequence[Pair]) -> dict[str, Any]:
         raise ShortcutError(f"the processor does not take these images with these questions: {reason}") from None
 
 
-def prompt(processor: Any, pair: Pair) -> str:
-    """A question as the model is asked it: by the chat template, where there is one, else behind its images."""
+def prompt(processor: Any, pair: Pair, *, answered: bool = False) -> str:
+    """A question as the model is asked it: by the chat template, where there is one, else behind its images.
+
+    answered: whether its answer, and what ends one, is behind it.
+    """
     if getattr(processor, "chat_template", None):
         content = [*({"type": "image"} for _ in pair.images), {"type": "text", "text": pair.question}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return f"{processor.image_token * len(pair.images)}\n{pair.question}"
+        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if answered:
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": pair.answer}]})
+        return processor.apply_chat_template(turns, add_generation_prompt=not answered)
+    end = f"\n{pair.answer}{processor.tokenizer.eos_token or ''}" if answered else ""
+    return f"{processor.image_token * len(pair.images)}\n{pair.question}{end}"
 
 
-def make_pictures(processor: Any, visual: tuple[int, ...], source: Source, *, samples: int, seed: int = 0) -> Pictures:
+def make_pictures(
+    processor: Any, visual: tuple[int, ...], source: Source, *, samples: int, seed: int = 0, fewer: bool = False
+) -> Pictures:
     """Take questions about images from a source, the same for the same seed on every machine.
 
-    Raises ShortcutError where the source cannot be read, an image is none, or there are fewer than asked for.
+    fewer: whether fewer will do where there are no more. Raises ShortcutError where the source cannot be read, an image
+    is none, or there are fewer than asked for.
     """
     if source.chat_template:
         raise ShortcutError(
@@ -149,7 +170,7 @@ def make_pictures(processor: Any, visual: tuple[int, ...], source: Source, *, sa
             pairs.append(pair)
             if len(pairs) == samples:
                 break
-    if len(pairs) < samples:
+    if len(pairs) < (1 if fewer else samples):
         raise ShortcutError(f"{source.data} holds {len(pairs)} questions and --samples asks it for {samples}")
     return Pictures(source, seed, processor, visual, tuple(pairs))
 

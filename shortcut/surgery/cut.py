@@ -41,7 +41,7 @@ _LEFT_BEHIND = re.compile(
     | config\.json | README\.md | plan\.yaml | scores\.(json|png) | shortcut\.json | \..* """
 )
 _EXTRA_HEAD = re.compile(r"(^|\.)mtp[._]")  # multi-token prediction, where it has a container of its own
-_SKIPPED_FOLDERS = {"original", "onnx", "openvino", "optimizer", "runs", "metal", "coreml"}
+_SKIPPED_FOLDERS = {"original", "onnx", "openvino", "optimizer", "runs", "metal", "coreml", "adapter"}
 
 
 @dataclass(frozen=True)

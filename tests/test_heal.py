@@ -1,0 +1,338 @@
+"""Healing by training: the whole road on tiny models, what stops it, and what it goes on from."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import shortcut
+from shortcut.cli import main
+from shortcut.errors import ShortcutError
+from shortcut.repair import train
+from shortcut.repair.keeper import BEST, STATE
+from shortcut.repair.train import Pace, State, order
+from tests.test_faults import small_disk as small_disk
+
+TEXT: dict[str, Any] = {"samples": 20, "length": 24, "quiet": True, "learning_rate": 3e-3, "rank": 3}
+
+
+@pytest.fixture(scope="module")
+def base(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama after half a minute of schooling: it knows letters, and a teacher has to know something."""
+    folder = tmp_path_factory.mktemp("schooled") / "base"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_of("llama"))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_of("llama"))
+    ids = torch.tensor(tokenizer(files("shortcut").joinpath("data", "calibration.txt").read_text())["input_ids"])
+    optimizer, generator = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(0.3 if weight.dim() > 1 else 1)
+    for _ in range(150):
+        starts = torch.randint(len(ids) - 32, (16,), generator=generator)
+        batch = torch.stack([ids[start : start + 32] for start in starts])
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def short(base: Path, tmp_path: Path) -> Path:
+    """Without three blocks of seven."""
+    shortcut.cut(base, tmp_path / "short", drop="2-3,5", quiet=True)
+    return tmp_path / "short"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({"method": "lora"}, 4 * 7),
+        ({"method": "lora", "tune": "mlp", "dropout": 0.1, "accumulate": 2, "batch_size": 2}, 4 * 3),
+        ({"method": "distill", "match": 0.5, "gradient_checkpointing": True}, 4 * 7),
+        ({"method": "distill", "top_k": 20, "temperature": 2.0, "full": True}, 4 * 7),
+        ({"method": "distill", "tune": "attention", "bf16": True}, 4 * 4),
+    ],
+    ids=["lora", "half", "matched", "noted", "bf16"],
+)
+def test_the_road(options: dict[str, Any], changed: int, short: Path, tmp_path: Path) -> None:
+    """Projections change and nothing else, SHORT stays as it is, and what comes out is better and sound."""
+    before = weights(short)
+    report = shortcut.heal(short, tmp_path / "out", **TEXT, **options)
+    after = weights(tmp_path / "out")
+    differing = {name for name in before if not torch.equal(before[name], after[name])}
+    assert differing == set(report.check.healed)
+    assert len(differing) == changed
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(short).items())
+    assert report.cut.perplexity > report.check.perplexity
+    assert not (tmp_path / "out.training").exists()
+    assert shortcut.check(tmp_path / "out", samples=4, length=24, quiet=True).healed == report.check.healed
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    (step,) = json.loads((tmp_path / "out" / "shortcut.json").read_text())["healed"]["steps"]
+    assert {**step, **options} == step
+    assert step["best"] < step["first"]
+
+
+def test_one_after_the_other(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fold,distill is distill of what fold gave; a healed checkpoint can be trained on, not fitted again."""
+    from shortcut.repair import fold
+
+    monkeypatch.setattr(fold, "_perplexity", lambda *how: 2.0 if how[-1] is None else 1.0)  # of random weights all bad
+    both = shortcut.heal(short, tmp_path / "both", method="fold,distill", **TEXT)
+    assert both.methods == ("fold", "distill")
+    shortcut.heal(short, tmp_path / "first", method="fold", **TEXT)
+    shortcut.heal(tmp_path / "first", tmp_path / "second", method="distill", **TEXT)
+    one, other = weights(tmp_path / "both"), weights(tmp_path / "second")
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-4)
+    healed = json.loads((tmp_path / "second" / "shortcut.json").read_text())["healed"]
+    assert [step["method"] for step in healed["steps"]] == ["fold", "distill"]
+    with pytest.raises(ShortcutError, match="second was healed already: fold takes the checkpoint that it was made"):
+        shortcut.heal(tmp_path / "second", tmp_path / "third", **TEXT)
+
+
+def test_the_adapter_can_be_kept(short: Path, tmp_path: Path, token_ids: torch.Tensor) -> None:
+    """PEFT loads it on top of SHORT, and gives the logits of OUT; cutting OUT leaves it behind."""
+    shortcut.heal(short, tmp_path / "out", method="lora", keep_adapter=True, **TEXT)
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(token_ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(short)
+        before = plain(token_ids).logits
+        found = PeftModel.from_pretrained(plain, tmp_path / "out" / "adapter")(token_ids).logits
+    torch.testing.assert_close(found, merged, rtol=0, atol=1e-4 * float(merged.abs().max()))
+    assert (before - merged).abs().max() > 0.01
+    shortcut.cut(tmp_path / "out", tmp_path / "again", drop="1", quiet=True)
+    assert not (tmp_path / "again" / "adapter").exists()
+
+
+def test_halves_and_experts(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Blocks that lost a half are trained in what is left of them; of experts in one tensor only the attention is."""
+    shortcut.cut(checkpoint_of("qwen3_moe"), tmp_path / "half", mlp_only="1,4", attention_only="3", quiet=True)
+    report = shortcut.heal(tmp_path / "half", tmp_path / "out", method="lora", **TEXT)
+    assert report.cut.perplexity > report.check.perplexity
+    numbers = {name.split(".")[2] for name in report.check.healed}
+    assert numbers == {"0", "2", "3", "5", "6"}  # 1 and 4 have nothing but experts
+
+
+@pytest.mark.parametrize("method", ["lora", "distill"])
+def test_an_interrupted_run_goes_on(
+    method: str, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed twice, at a look and between looks, it ends with the same bytes; with dropout, and over several epochs."""
+    how = {**TEXT, "method": method, "dropout": 0.2, "epochs": 3.0}
+    expected = shortcut.heal(short, tmp_path / "whole", **how)
+    real, limits = train._step, [7, 9]
+    monkeypatch.setattr(train, "SAVE_AFTER", 0)
+
+    def interrupted(*args: Any) -> Any:
+        if limits and args[5].step == limits[0]:
+            limits.pop(0)
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "_step", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            shortcut.heal(short, tmp_path / "out", **how)
+        assert not (tmp_path / "out").exists()
+    found = shortcut.heal(short, tmp_path / "out", **{**how, "quiet": False})
+    assert "going on from step 9" in capsys.readouterr().err
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert found.check.perplexity == expected.check.perplexity
+
+
+def test_another_run_is_not_gone_on_with(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More time and another learning rate are welcome, other options are not; nor is a folder of something else."""
+    real = train._step
+    monkeypatch.setattr(train, "SAVE_AFTER", 0)
+    monkeypatch.setattr(train, "_step", lambda *args: pytest.fail("stop") if args[5].step == 3 else real(*args))
+    with pytest.raises(pytest.fail.Exception):
+        shortcut.heal(short, tmp_path / "out", method="lora", **TEXT)
+    monkeypatch.setattr(train, "_step", real)
+    with pytest.raises(ShortcutError, match=r"out\.training holds the state of another training \(of another rank\)"):
+        shortcut.heal(short, tmp_path / "out", method="lora", **{**TEXT, "rank": 4})
+    (tmp_path / "out.training" / STATE).write_bytes(b"x")
+    with pytest.raises(ShortcutError, match=r"state\.pt is damaged"):
+        shortcut.heal(short, tmp_path / "out", method="lora", **{**TEXT, "learning_rate": 1e-3, "epochs": 2.0})
+    shutil.rmtree(tmp_path / "out.training")
+    (tmp_path / "out.training").mkdir()
+    (tmp_path / "out.training" / "mine").touch()
+    with pytest.raises(ShortcutError, match="where the state of the training goes, holds something else"):
+        shortcut.heal(short, tmp_path / "out", method="lora", **TEXT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line; what was good before is kept, and a lower learning rate goes on from there."""
+    real = train.Student.forward
+    monkeypatch.setattr(train, "SAVE_AFTER", 0)
+
+    def spoilt(self: Any, places: Any, batch: Any) -> torch.Tensor:
+        loss = real(self, places, batch)
+        return loss * float("nan") if (tmp_path / "out.training" / BEST).exists() else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Student, "forward", spoilt)
+        with pytest.raises(ShortcutError, match=r"the loss is nan at step \d+: use a lower --learning-rate; .* keeps"):
+            shortcut.heal(short, tmp_path / "out", method="lora", **TEXT)
+    assert not (tmp_path / "out").exists()
+    kept = load_file(tmp_path / "out.training" / BEST)
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    report = shortcut.heal(short, tmp_path / "out", method="lora", **{**TEXT, "learning_rate": 1e-3})
+    assert report.check.perplexity < report.cut.perplexity
+
+
+def test_a_disk_that_fills_up(short: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, and what was kept before stays whole; with room again, the same command goes on."""
+    monkeypatch.setattr(train, "SAVE_AFTER", 0)
+    real = train._step
+
+    def filling(*args: Any) -> Any:
+        if args[5].step == 3:
+            room = shutil.disk_usage(small_disk).free
+            (small_disk / "filler").write_bytes(b"x" * (room - 9000))
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_step", filling)
+        with pytest.raises(ShortcutError, match=r"cannot write .*out\.training keeps what was good before"):
+            shortcut.heal(short, small_disk / "out", method="lora", **TEXT)
+    assert not list((small_disk / "out.training").glob("*.partial"))
+    assert not (small_disk / "out").exists()
+    (small_disk / "filler").unlink()
+    report = shortcut.heal(short, small_disk / "out", method="lora", **TEXT)
+    assert report.check.perplexity < report.cut.perplexity
+
+
+def test_what_does_not_help_is_not_written(short: Path, tmp_path: Path) -> None:
+    """A learning rate that ruins the model: training ends early, and says so."""
+    with pytest.raises(ShortcutError, match=r"training did not lower the perplexity .*: nothing is written"):
+        shortcut.heal(short, tmp_path / "out", method="lora", **{**TEXT, "learning_rate": 30.0, "patience": 2})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--method fold,scale", "one of scale, fold, then one of lora, distill, or one alone"),
+        ("--method lora,fold", "one of scale, fold, then one of lora, distill, or one alone"),
+        ("--method sft", "--method sft: there are scale, fold, lora, distill"),
+        ("--method lora --rank 0", "--rank 0 is not a positive number"),
+        ("--method lora --minutes 0", "--minutes 0.0 is not a positive number"),
+        ("--method lora --dropout 1", "--dropout 1.0 is not between 0 and 1"),
+        ("--method lora --top-k 5", "are for --method distill"),
+        ("--method lora --keep-adapter --full", "leave out --full"),
+        ("--method fold,lora --keep-adapter", "heal by fold first"),
+        ("--method distill --top-k 5 --match 1", "--top-k is to do without them"),
+        ("--method lora --tune norms", "choose from all, attention, mlp"),
+        ("--method lora --preset alpaca", "choose from shortened-llama, deeper-layers"),
+        ("--method lora --data nowhere.txt", "no file nowhere.txt"),
+    ],
+)
+def test_what_is_refused(
+    words: str, message: str, short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, exit code 1 or 2, nothing written."""
+    assert main(["heal", str(short), str(tmp_path / "out"), *words.split()]) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["short"]
+
+
+def test_presets_are_defaults(short: Path, tmp_path: Path) -> None:
+    """What is given beside a preset wins; its other options count."""
+    how = {**TEXT, "length": 24, "tokens": 400, "by_document": False, "batch_size": 2, "accumulate": 1}
+    shortcut.heal(short, tmp_path / "out", preset="deeper-layers", **how)
+    (step,) = json.loads((tmp_path / "out" / "shortcut.json").read_text())["healed"]["steps"]
+    assert (step["method"], step["tune"], step["alpha"], step["dropout"], step["rank"]) == ("lora", "mlp", 64, 0.05, 3)
+
+
+def test_the_budget() -> None:
+    """Tokens or minutes, whichever is used up first; the learning rate rises, falls, and ends at nothing."""
+    pace = Pace(1000, 2.0, 1e-3, 4, 1, 3, 0)
+    state = State(tokens=250, seconds=90.0)
+    assert state.fraction(pace) == 0.75
+    assert replace(state, seconds=0.0).fraction(pace) == 0.25
+    assert State(tokens=250).fraction(replace(pace, minutes=None)) == 0.25
+    rates = [train._rate(used / 1000) for used in range(1001)]
+    top = rates.index(max(rates))
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert (max(rates), top, round(rates[-1], 6)) == (pytest.approx(1, abs=0.01), 50, 0)
+
+
+def test_every_sequence_comes_once_an_epoch() -> None:
+    """Two processes, three passes a step: together all sequences, once each, in another order every time."""
+    pace = Pace(1000, None, 1e-3, 2, 3, 3, 5)
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        for start in range(0, 24, 12):
+            for rank in range(2):
+                patch.setenv("RANK", str(rank))
+                seen += [place for places in train._own_places(12, start, pace) for place in places]
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
+    assert order(12, 5, 0) != order(12, 5, 1)
+    assert order(12, 5, 0) != order(12, 6, 0)
+
+
+@pytest.fixture(scope="module")
+def frozen_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model of the package with all blocks frozen, which costs it much."""
+    from shortcut.sources import EMBEDDED_VISION
+
+    folder = tmp_path_factory.mktemp("frozen") / "short"
+    shortcut.cut(EMBEDDED_VISION, folder, freeze_visual="0-11", quiet=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "distill"])
+def test_images(method: str, frozen_llava: Path, tmp_path: Path) -> None:
+    """The text decoder of a frozen model learns from questions with images and answers."""
+    how: dict[str, Any] = {"samples": 176, "batch_size": 8, "rank": 8, "learning_rate": 1e-3, "quiet": True}
+    report = shortcut.heal(frozen_llava, tmp_path / "out", method=method, **how)
+    assert report.cut.answers is not None
+    assert report.check.answers.right > report.cut.answers.right
+    (step,) = json.loads((tmp_path / "out" / "shortcut.json").read_text())["healed"]["steps"]
+    assert step["best"] < step["first"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(short: Path, tmp_path: Path) -> None:
+    """Each takes half of every step; the result is that of one process with steps twice as large."""
+    shortcut.heal(short, tmp_path / "one", method="distill", **TEXT, batch_size=4)
+    argv = ["heal", str(short), str(tmp_path / "two"), "--method", "distill", "--batch-size", "2", "--json"]
+    argv += ["--samples", "20", "--length", "24", "--learning-rate", "3e-3", "--rank", "3"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "shortcut"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *argv], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["methods"] == ["distill"]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    base = weights(short)
+    changed = [name for name in one if not torch.equal(one[name], base[name])]
+    assert len(changed) == 28
+    for name in changed:
+        change, other = one[name] - base[name], two[name] - base[name]
+        assert (change - other).norm() < 0.02 * change.norm()
