@@ -32,7 +32,7 @@ def turn(
     for _ in range(steps):
         there = change - length * torch.cholesky_solve(slope, curved)
         found, turned = evaluate(fitting, there, price)
-        if found >= loss:
+        if not found < loss:
             length /= 2
             continue
         gained = loss - found

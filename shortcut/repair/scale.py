@@ -91,7 +91,7 @@ def fit_scales(
             for streams in (*fitting, *checking):
                 streams.step(decoder, number, plan.actions[number])
         later = {block: names for block, names in projections.items() if block > number}
-        if plan.actions[number] != "drop" or not later or number + 1 not in later:
+        if plan.actions[number] != "drop" or number + 1 not in later:
             continue
         front = max((block for block in plan.kept if block < number), default=-1)
         alpha = measure(fitting)

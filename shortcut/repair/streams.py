@@ -100,10 +100,12 @@ def find_projection(decoder: Decoder, number: int, streams: Streams, action: Act
         return output + bump if fits else None
 
     bump = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(states) * after.float().std()
+    sizes = torch.maximum(states.abs(), after.abs()) + bump.abs().max()  # each value is rounded by its own
+    tolerance = max(TOLERANCE, 4 * torch.finfo(states.dtype).eps) * sizes
     for name in [name for name, times in reversed(called.items()) if times == 1]:
         with output_of(block, name, raised):
             change = decoder.run(number, states, call, action) - after
-        if (change - bump).abs().max() <= TOLERANCE * max(bump.abs().max(), after.abs().max()):
+        if ((change - bump).abs() <= tolerance).all():
             return name
     family = decoder.model.config.model_type
     raise ShortcutError(f"cannot heal in block {number} of {family}: no projection in it adds straight to the stream")
