@@ -251,7 +251,7 @@ def test_the_cosine_objective_goes_downhill_to_the_bottom() -> None:
     assert losses[0] == plain_cosine(streams, start).item()
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.95 * losses[0]
-    assert plain_cosine(streams, turn(streams, start, 0.0)).item() == pytest.approx(losses[-1], rel=1e-3)
+    assert plain_cosine(streams, turn(streams, start, 0.0)).item() == pytest.approx(losses[-1], rel=1e-2)
     bottom = changes[-1].requires_grad_()
     (slope,) = torch.autograd.grad(plain_cosine(streams, bottom), bottom)
     assert slope.abs().max() < 1e-6

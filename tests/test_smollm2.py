@@ -241,10 +241,11 @@ def test_folding_wins_back_perplexity(base: Path, tmp_path: Path) -> None:
 def test_scaling_lowers_perplexity(base: Path, model: Any) -> None:
     """5 of 30 blocks: one number, fitted and decided on little text, is worth something on other prose."""
     tokenizer, plan = load_tokenizer(base), Plan.dropping(Base(str(base), None, DEPTH), range(14, 19))
-    parts = make_calibration(tokenizer, Source("default"), samples=24, length=128).split(8)
-    unseen = make_batches(make_calibration(tokenizer, Source("heldout"), samples=8, length=256), 4)
+    parts = make_calibration(tokenizer, Source("default"), samples=12, length=128).split(6)
+    fitting, deciding = (make_batches(part, 6) for part in parts)
+    unseen = make_batches(make_calibration(tokenizer, Source("heldout"), samples=8, length=128), 4)
     decoder = Decoder.of(model)
-    (found,) = fit_scales(decoder, plan, *(make_batches(part, 4) for part in parts))
+    (found,) = fit_scales(decoder, plan, fitting, deciding)
     with shortcut.preview(model, plan):
         before = perplexity(model, unseen)
         weights = {
@@ -255,11 +256,11 @@ def test_scaling_lowers_perplexity(base: Path, model: Any) -> None:
         old = {weight: weight.data for weight in weights}
         for weight, values in weights.items():
             weight.data = values
-        after = perplexity(model, unseen)
+        after, decided = (perplexity(model, text) for text in (unseen, deciding))
         for weight, values in old.items():
             weight.data = values
-        assert perplexity(model, unseen) == before
     assert len(weights) == 22
     assert 1.2 < found.alpha < 1.6
     assert found.after < found.before
+    assert decided == pytest.approx(found.after, rel=1e-3)
     assert after < 0.97 * before

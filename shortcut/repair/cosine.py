@@ -14,7 +14,7 @@ from torch import Tensor
 from shortcut.repair.streams import Streams
 
 STEPS = 20  # at most
-SETTLED = 1e-4  # part of the loss: a step that gains less is the last
+SETTLED = 1e-3  # part of the loss: a step that gains less is the last
 
 
 def turn(
