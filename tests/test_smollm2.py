@@ -18,10 +18,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shortcut
+from shortcut.checking.perplexity import perplexity
 from shortcut.cli import main
-from shortcut.decoder import Batch
+from shortcut.decoder import Batch, Decoder
 from shortcut.live import load_model, load_tokenizer
 from shortcut.records.plan import Base, Plan
+from shortcut.repair.scale import fit_scales, new_weights
 from shortcut.scoring.calibration import make_batches, make_calibration
 from shortcut.scoring.documents import Source
 from shortcut.scoring.metrics import METRICS
@@ -234,3 +236,31 @@ def test_folding_wins_back_perplexity(base: Path, tmp_path: Path) -> None:
     assert report.check.logit_difference is not None
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.num_hidden_layers == 23
+
+
+def test_scaling_lowers_perplexity(base: Path, model: Any) -> None:
+    """5 of 30 blocks: one number, fitted and decided on little text, is worth something on other prose."""
+    tokenizer, plan = load_tokenizer(base), Plan.dropping(Base(str(base), None, DEPTH), range(14, 19))
+    parts = make_calibration(tokenizer, Source("default"), samples=12, length=128).split(6)
+    fitting, deciding = (make_batches(part, 6) for part in parts)
+    unseen = make_batches(make_calibration(tokenizer, Source("heldout"), samples=8, length=128), 4)
+    decoder = Decoder.of(model)
+    (found,) = fit_scales(decoder, plan, fitting, deciding)
+    with shortcut.preview(model, plan):
+        before = perplexity(model, unseen)
+        weights = {
+            model.model.layers[block].get_parameter(name): values
+            for block, changed in new_weights(decoder, [found]).items()
+            for name, values in changed.items()
+        }
+        old = {weight: weight.data for weight in weights}
+        for weight, values in weights.items():
+            weight.data = values
+        after, decided = (perplexity(model, text) for text in (unseen, deciding))
+        for weight, values in old.items():
+            weight.data = values
+    assert len(weights) == 22
+    assert 1.2 < found.alpha < 1.6
+    assert found.after < found.before
+    assert decided == pytest.approx(found.after, rel=1e-3)
+    assert after < 0.97 * before
