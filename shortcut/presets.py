@@ -12,6 +12,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from shortcut.errors import ShortcutError
 
 PresetName = Literal["shortgpt", "shortx", "deeper-layers", "shortened-llama", "short-transformers", "sleb"]
+SuiteName = Literal["shortened-llama", "shortgpt"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -72,9 +73,23 @@ PRESETS: dict[PresetName, Preset] = {
         "one by one, the block without which the rest predicts text best",
     ),
 }
+# What published figures are of: tasks of lm-evaluation-harness, and the metric that counts of each.
+SUITES: dict[SuiteName, Preset] = {
+    # Its perplexities are of the test set of WikiText-2, joined by blank lines: a file to be named with --data.
+    "shortened-llama": Preset(
+        {
+            "tasks": "boolq,piqa,hellaswag:acc_norm,winogrande,arc_easy,arc_challenge:acc_norm,openbookqa:acc_norm",
+            "length": 128,
+        },
+        "arXiv:2402.02834",
+        "seven tasks without examples, their plain mean, and perplexity in windows of 128 tokens",
+    ),
+    # The other tasks of its average were run by OpenCompass, with prompts of its own.
+    "shortgpt": Preset({"tasks": "mmlu", "shots": 5}, "arXiv:2403.03853", "MMLU with five examples"),
+}
 
 
-def with_presets(command: Callable[P, R]) -> Callable[P, R]:
+def with_presets(command: Callable[P, R], presets: Mapping[Any, Preset] = PRESETS) -> Callable[P, R]:
     """The same command; the preset it is called with gives the options that it has and that are not given.
 
     Raises ShortcutError for an unknown preset, and for one that lacks the number of blocks to leave out one by one.
@@ -84,18 +99,20 @@ def with_presets(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         name: Any = kwargs.get("preset")
-        for option, value in (_options(name, kwargs, known) if name is not None else {}).items():
+        for option, value in (_options(name, kwargs, known, presets) if name is not None else {}).items():
             kwargs.setdefault(option, value)
         return command(*args, **kwargs)
 
     return call
 
 
-def _options(name: PresetName, given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, str | int]:
+def _options(
+    name: str, given: Mapping[str, Any], known: Mapping[str, Any], presets: Mapping[Any, Preset]
+) -> dict[str, str | int]:
     """The options of a preset that a command has. given: what the command is called with."""
-    if name not in PRESETS:
-        raise ShortcutError(f"unknown preset {name!r}: there are {', '.join(PRESETS)}")
-    options = PRESETS[name].options
-    if options["select"] == "greedy" and "greedy" in known and not given.get("greedy"):
+    if name not in presets:
+        raise ShortcutError(f"unknown preset {name!r}: there are {', '.join(presets)}")
+    options = presets[name].options
+    if options.get("select") == "greedy" and "greedy" in known and not given.get("greedy"):
         raise ShortcutError(f"the preset {name} leaves blocks out one by one: say how many with --greedy N")
     return {option: value for option, value in options.items() if option in known}
