@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,8 @@ def eval(  # noqa: A001  (the word on the command line)
         "questions": {"source": questions, "count": len(asked), "seed": seed, "hash": hash_of(asked)},
         "tasks": found[0][1],
         **how,
-        "versions": {"shortcut": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {"shortcut": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        | ({"lm_eval": version("lm_eval")} if loaded else {}),
     }
     names, figures = tuple(each.name for each in checkpoints), tuple(tuple(each) for each, _ in found)
     result = Evaluation(names, figures, unseen.described, settings)

@@ -65,12 +65,14 @@ def _load(manager: Any, name: str, metric: str | None, shots: int | None, *, qui
         close = get_close_matches(name, manager.all_tasks, 3)
         hint = f"did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists them"
         raise ShortcutError(f"lm-evaluation-harness has no task {name!r}: {hint}")
+    from datasets.exceptions import DatasetsError
+
     say(f"loading the task {name}", quiet=quiet)
     try:
         with _aside(quiet=quiet):
             loaded = manager.load([name])
-    except (*LOADING_ERRORS, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (*LOADING_ERRORS, yaml.YAMLError, DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise ShortcutError(f"the task {name} cannot be loaded: {reason or type(error).__name__}") from None
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
