@@ -205,6 +205,8 @@ def test_a_group_is_one_figure(checkpoint_of: Callable[..., Path], tmp_path: Pat
     ]
     assert figure.value == pytest.approx(own.accuracy)
     assert mean.value == pytest.approx((figure.value + other.value) / 2)
+    with pytest.raises(ShortcutError, match="both sums up acc,none of its tasks, not acc_norm"):
+        shortcut.eval(folder, questions="none", tasks="both:acc_norm", limit=1, **SMALL)
 
 
 def test_shots_stand_in_front(llama: Path, tmp_path: Path) -> None:
@@ -268,7 +270,7 @@ def test_mistakes_are_one_line(
         f"{llama} --tasks gone.yaml": "no file gone.yaml",
         f"{llama} --tasks {tmp_path}/broken.yaml": "the task .*broken.yaml cannot be loaded: ",
         f"{llama} --tasks {tmp_path}/nonsense.yaml": "the task .*nonsense.yaml cannot be loaded: while parsing",
-        f"{llama} --tasks {mine}:acc": "the task mine reports no acc: it reports byte_perplexity",
+        f"{llama} --tasks {mine}:acc": "the task .*mine.yaml reports no acc: it reports byte_perplexity",
         f"{llama} --limit 0": "--limit 0 is not a positive number",
         f"{llama} --questions gone.jsonl": "no file gone.jsonl",
         f"{llama} --base gone": "no model at gone",

@@ -74,6 +74,9 @@ def _load(manager: Any, name: str, metric: str | None, shots: int | None, *, qui
     except (*LOADING_ERRORS, yaml.YAMLError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise ShortcutError(f"the task {name} cannot be loaded: {reason or type(error).__name__}") from None
+    reported = {each["metric"] for task in loaded["tasks"].values() for each in task.config.metric_list or ()}
+    if metric is not None and metric.partition(",")[0] not in reported:
+        raise ShortcutError(f"the task {name} reports no {metric}: it reports {', '.join(sorted(map(str, reported)))}")
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         if own is None or (shots is not None and own != 0):  # as the harness: a task that says 0 means it
@@ -130,8 +133,9 @@ def _figure(head: str, task: Task, found: Mapping[str, Any]) -> Figure:
     }
     named = [key for key in values if task.metric in (None, key, key.partition(",")[0])]
     if not named:
-        there = ", ".join(key.partition(",")[0] for key in values)
-        raise ShortcutError(f"the task {head} reports no {task.metric}: it reports {there or 'nothing'}")
+        raise ShortcutError(
+            f"{head} sums up {', '.join(values) or 'nothing'} of its tasks, not {task.metric or 'more'}"
+        )
     metric, _, chosen = named[0].partition(",")
     error = found["results"][head].get(f"{metric}_stderr,{chosen}")
     value, half = values[named[0]], Z * error if isinstance(error, int | float) else None
