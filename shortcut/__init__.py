@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shortcut.commands import plan as plan
     from shortcut.demos import demo as demo
     from shortcut.errors import ShortcutError as ShortcutError
+    from shortcut.evaluation import eval as eval  # noqa: A004  (the word on the command line)
     from shortcut.freezing import freeze as freeze
     from shortcut.healing import heal as heal
     from shortcut.measure import check as check
@@ -45,6 +46,7 @@ _HOME = {
     **dict.fromkeys(("check", "score", "sweep"), "shortcut.measure"),
     "chat": "shortcut.talk",
     "demo": "shortcut.demos",
+    "eval": "shortcut.evaluation",
     "freeze": "shortcut.freezing",
     "heal": "shortcut.healing",
     "prune": "shortcut.road",

@@ -3,34 +3,33 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from shortcut import runs
 from shortcut.commands import read_record
 from shortcut.errors import ShortcutError
-from shortcut.presets import HEAL_PRESETS, HealPresetName, presets_from
+from shortcut.presets import HEAL_PRESETS, HealPresetName, with_presets
 from shortcut.processes import are_several, is_writer, writer_first
 from shortcut.progress import byte_bar, say
-from shortcut.records.actions import Tune
+from shortcut.records.healing import FITTED, TRAINED, Method, Objective, Tune
 from shortcut.records.plan import Plan
 from shortcut.scoring.documents import Source
 from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import Checkpoint, read_checkpoint, read_json
 from shortcut.surgery.cut import write_checkpoint, write_json
 from shortcut.surgery.stage import RECORD, check_target, staged
-from shortcut.text import format_table
+from shortcut.text import format_count, format_size, format_table
 from shortcut.tuning import Patient, Step, Tuning, train_checkpoint
 
 if TYPE_CHECKING:
+    from shortcut.checking.choices import Choice
     from shortcut.checking.verify import CheckReport
+    from shortcut.checking.worth import Worth
     from shortcut.scoring.pictures import Material
 
-Method = Literal["scale", "fold", "lora", "distill"]
-Objective = Literal["least-squares", "cosine"]
-FITTED: tuple[Method, ...] = ("scale", "fold")
-TRAINED: tuple[Method, ...] = ("lora", "distill")
 BESIDE = ("plan.yaml", "scores.json", "scores.png")  # of what a checkpoint carries, what still holds
 SAMPLES = {"fit": 64, "train": 2048}  # sequences, where --samples does not say
 HELDOUT_SAMPLES = {"text": 16, "images": 64}
@@ -38,24 +37,37 @@ HELDOUT_SAMPLES = {"text": 16, "images": 64}
 
 @dataclass(frozen=True)
 class HealReport:
-    """What healing did, and what base, shortened and healed model are worth on text that chose nothing."""
+    """What healing did, and what base, shortened and healed model are worth on text that chose nothing.
+
+    parameters, bytes: of the base and of the healed model, which is as large as the shortened one.
+    """
 
     out: str
     methods: tuple[Method, ...]
     changes: tuple[str, ...]
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
     cut: "CheckReport"
     check: "CheckReport"
+    worth: "Worth"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for --json."""
         found = {"out": self.out, "methods": list(self.methods), "changes": list(self.changes)}
-        return {**found, "cut": self.cut.to_dict(), "check": self.check.to_dict()}
+        sizes = {"parameters": list(self.parameters), "bytes": list(self.bytes)}
+        return {**found, **sizes, "cut": self.cut.to_dict(), "check": self.check.to_dict(), **self.worth.to_dict()}
 
     def __str__(self) -> str:
-        rows = [
+        rows: list[list[object]] = [
             [name, before, was, now]
             for (name, _, was), (_, before, now) in zip(self.cut.rows, self.check.rows, strict=True)
         ]
+        rows += self.worth.rows
+        for name, (before, after), form in (
+            ("parameters", self.parameters, format_count),
+            ("bytes", self.bytes, format_size),
+        ):
+            rows.append([name, form(before), form(after), form(after)])
         return "\n".join(
             [
                 f"wrote {self.out}, healed by {', then '.join(self.methods)}",
@@ -68,7 +80,7 @@ class HealReport:
         )
 
 
-@presets_from(HEAL_PRESETS)
+@partial(with_presets, presets=HEAL_PRESETS)
 def heal(
     short: str | Path,
     out: str | Path,
@@ -96,6 +108,7 @@ def heal(
     objective: Objective = "least-squares",
     data: str = "default",
     heldout: str = "heldout",
+    questions: str = "default",
     split: str = "train",
     column: str | None = None,
     chat_template: bool = False,
@@ -120,6 +133,7 @@ def heal(
     what is kept, and whether anything is: where nothing was gained, nothing is written. A training that was killed goes
     on when the command is given again. OUT is there only if it loads, and is the base with these weights in it.
     """
+    from shortcut.checking.choices import read_choices
     from shortcut.live import pick_device, pick_dtype
 
     methods, folder, target = _parse_methods(method), Path(short), Path(out)
@@ -144,6 +158,7 @@ def heal(
     take["trust_remote_code"] = trust_remote_code
     number = HELDOUT_SAMPLES["images" if plan.frozen else "text"]
     unseen = runs.take_text(cut, replace(source, data=heldout), number, seed=0, **take)
+    asked = () if questions == "none" or plan.frozen else read_choices(questions)
     steps: list[Step] = []
     for step in methods:
         most = SAMPLES["fit" if step in FITTED else "train"]
@@ -157,9 +172,9 @@ def heal(
         raise SystemExit  # the others have done their part
     with staged(target, overwrite=overwrite, base=folder, size=cut.size) as stage:
         healed = _write(patient, steps, stage)
-        cut_check, check = _compare(patient, replace(healed, name=str(out)), unseen)
+        report = _report(patient, steps, replace(healed, name=str(out)), unseen, asked, timed=not offload)
     steps[-1].forget()
-    return HealReport(str(out), methods, tuple(line for step in steps for line in step.lines), cut_check, check)
+    return report
 
 
 def _parse_methods(text: str) -> tuple[Method, ...]:
@@ -198,27 +213,26 @@ def _fit(patient: Patient, method: Method, material: "Material", objective: Obje
     """Heal without training. Raises ShortcutError where that does not help."""
     from shortcut.decoder import Decoder
     from shortcut.live import device_of
-    from shortcut.offload import resident
-    from shortcut.repair.fold import fit_folds
+    from shortcut.repair import fold, scale
     from shortcut.repair.write import names_in
 
+    plan, quiet = patient.plan, patient.quiet
     fitting, deciding = material.split(max(1, len(material.sequences) // 4))
-    aloud = f"{method}: fitted on {fitting.tokens} tokens, and {deciding.tokens} others decide"
-    say(aloud, quiet=patient.quiet)
-    with runs.start(patient.base, offload=offload, quiet=patient.quiet, **patient.loading) as live:
-        parts = [each.batches(patient.batch_size, device_of(live)) for each in (fitting, deciding)]
-        decoder = Decoder.of(live)
-        fits = fit_folds(decoder, patient.plan, *parts, quiet=patient.quiet)
-        if not fits:
-            raise ShortcutError(
-                f"no {method} in the place of these blocks lowers the perplexity: nothing to heal by it"
-            )
-        changed = {}
-        for fit in fits:
-            with resident(decoder.blocks[fit.block]):
-                changed[fit.block] = fit.weights(decoder.blocks[fit.block])
-    record = {"method": method, "fits": [{"span": list(f.span)} for f in fits], "data": material.record()}
-    return Step(names_in(patient.cut, patient.plan, changed), record, tuple(map(str, fits)))
+    say(f"{method}: fitted on {fitting.tokens} tokens, and {deciding.tokens} others decide", quiet=quiet)
+    with runs.start(patient.base, offload=offload, quiet=quiet, **patient.loading) as live:
+        decoder, device = Decoder.of(live), device_of(live)
+        parts = [each.batches(patient.batch_size, device) for each in (fitting, deciding)]
+        fits: Sequence[Any]
+        if method == "scale":
+            fits = scale.fit_scales(decoder, plan, *parts, quiet=quiet)
+            changed = scale.new_weights(decoder, fits)
+        else:
+            fits = fold.fit_folds(decoder, plan, *parts, objective=objective, quiet=quiet)
+            changed = fold.new_weights(decoder, fits)
+    if not fits:
+        raise ShortcutError(f"nothing that {method} can do lowers the perplexity: nothing is written")
+    record = {"method": method, "fits": [fit.record() for fit in fits], "data": material.record()}
+    return Step(names_in(patient.cut, plan, changed), record, tuple(map(str, fits)))
 
 
 def _write(patient: Patient, steps: Sequence[Step], folder: Path) -> Checkpoint:
@@ -244,10 +258,30 @@ def _write(patient: Patient, steps: Sequence[Step], folder: Path) -> Checkpoint:
     return written
 
 
-def _compare(patient: Patient, healed: Checkpoint, unseen: "Material") -> "tuple[CheckReport, CheckReport]":
-    """What the shortened model was worth, and the check of the healed one against the base."""
+def _report(
+    patient: Patient,
+    steps: Sequence[Step],
+    healed: Checkpoint,
+    unseen: "Material",
+    questions: "Sequence[Choice]",
+    *,
+    timed: bool,
+) -> HealReport:
+    """Check the healed checkpoint against the base, and measure what both and the shortened one are worth."""
     from shortcut.checking.verify import check_checkpoint
+    from shortcut.checking.worth import measure_worth
 
+    cut, base = patient.cut, patient.base
     how: dict[str, Any] = {"batch_size": patient.batch_size, "quiet": patient.quiet, **patient.loading}
-    cut = check_checkpoint(patient.cut, None, unseen, **how)
-    return cut, check_checkpoint(healed, (patient.base, patient.plan), unseen, **how)
+    before = check_checkpoint(cut, None, unseen, **how)
+    check = check_checkpoint(healed, (base, patient.plan), unseen, **how)
+    return HealReport(
+        out=healed.name,
+        methods=tuple(step.record["method"] for step in steps),
+        changes=tuple(line for step in steps for line in step.lines),
+        parameters=(base.parameters, cut.parameters),
+        bytes=(base.size, cut.size),
+        cut=before,
+        check=check,
+        worth=measure_worth([base.folder, cut.folder, healed.folder], questions, timed=timed, **how),
+    )

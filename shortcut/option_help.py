@@ -10,7 +10,7 @@ OPTION_HELP = {
     "metric": "one or more of what `shortcut metrics` lists, with commas",
     "average": "what counts the same in the mean of a metric: tokens, or sequences, however short",
     "preset": "a published method: its options are the defaults, and what is given beside it wins; for freeze, the "
-    "blocks published for a model",
+    "blocks published for a model; for eval, the tasks that published figures are of",
     "data": "text: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a Hub id (org/name or org/name:subset), "
     '"default" (embedded prose) or "heldout" (other embedded prose); several, with commas, give equal shares of the '
     'sequences, or as they are weighted: "3*a.txt,b.jsonl"; for models that see, also files and data sets with images '
@@ -90,6 +90,12 @@ OPTION_HELP = {
     "other": "another one",
     "no_guard": "skip building both models without weights, which imports torch; for families proven before",
     "max_shard_size": "split the weights into files of at most this size, such as 5GB; otherwise as the base is split",
+    "questions": "multiple-choice questions: a .jsonl file of question, choices and answer (the number of the right "
+    'choice, from 0), "default" (200 of PIQA), or none',
+    "tasks": "tasks of lm-evaluation-harness, by name or as YAML files, with commas, each with the metric that counts: "
+    '"boolq,hellaswag:acc_norm,mine.yaml"',
+    "shots": "solved examples in front of every question of a task; where this is left out, as the task has it",
+    "limit": "how many questions at most, of --questions and of every task",
     "base": "the model that was cut; found by itself in what shortcut wrote",
     "quiet": "no progress and no messages",
 }

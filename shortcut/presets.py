@@ -12,6 +12,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from shortcut.errors import ShortcutError
 
 PresetName = Literal["shortgpt", "shortx", "deeper-layers", "shortened-llama", "short-transformers", "sleb"]
+SuiteName = Literal["shortened-llama", "shortgpt"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -72,6 +73,20 @@ PRESETS: dict[PresetName, Preset] = {
         "one by one, the block without which the rest predicts text best",
     ),
 }
+# What published figures are of: tasks of lm-evaluation-harness, and the metric that counts of each.
+SUITES: dict[SuiteName, Preset] = {
+    # Its perplexities are of the test set of WikiText-2, joined by blank lines: a file to be named with --data.
+    "shortened-llama": Preset(
+        {
+            "tasks": "boolq,piqa,hellaswag:acc_norm,winogrande,arc_easy,arc_challenge:acc_norm,openbookqa:acc_norm",
+            "length": 128,
+        },
+        "arXiv:2402.02834",
+        "seven tasks without examples, their plain mean, and perplexity in windows of 128 tokens",
+    ),
+    # The other tasks of its average were run by OpenCompass, with prompts of its own.
+    "shortgpt": Preset({"tasks": "mmlu", "shots": 5}, "arXiv:2403.03853", "MMLU with five examples"),
+}
 
 
 HealPresetName = Literal["shortened-llama", "deeper-layers"]
@@ -113,39 +128,30 @@ HEAL_PRESETS: dict[HealPresetName, Preset] = {
 }
 
 
-def presets_from(table: Mapping[Any, Preset]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator: the preset that a command is called with gives the options that it has and that are not given.
+def with_presets(command: Callable[P, R], presets: Mapping[Any, Preset] = PRESETS) -> Callable[P, R]:
+    """The same command; the preset it is called with gives the options that it has and that are not given.
 
     Raises ShortcutError for an unknown preset, and for one that lacks the number of blocks to leave out one by one.
     """
+    known = signature(command).parameters
 
-    def decorate(command: Callable[P, R]) -> Callable[P, R]:
-        known = signature(command).parameters
+    @functools.wraps(command)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        name: Any = kwargs.get("preset")
+        for option, value in (_options(name, kwargs, known, presets) if name is not None else {}).items():
+            kwargs.setdefault(option, value)
+        return command(*args, **kwargs)
 
-        @functools.wraps(command)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            name: Any = kwargs.get("preset")
-            for option, value in (_options(table, name, kwargs, known) if name is not None else {}).items():
-                kwargs.setdefault(option, value)
-            return command(*args, **kwargs)
-
-        return call
-
-    return decorate
-
-
-def with_presets(command: Callable[P, R]) -> Callable[P, R]:
-    """The same command with the presets for choosing blocks, as by `presets_from`."""
-    return presets_from(PRESETS)(command)
+    return call
 
 
 def _options(
-    table: Mapping[Any, Preset], name: str, given: Mapping[str, Any], known: Mapping[str, Any]
+    name: str, given: Mapping[str, Any], known: Mapping[str, Any], presets: Mapping[Any, Preset]
 ) -> dict[str, str | float]:
     """The options of a preset that a command has. given: what the command is called with."""
-    if name not in table:
-        raise ShortcutError(f"unknown preset {name!r}: there are {', '.join(table)}")
-    options = table[name].options
+    if name not in presets:
+        raise ShortcutError(f"unknown preset {name!r}: there are {', '.join(presets)}")
+    options = presets[name].options
     if options.get("select") == "greedy" and "greedy" in known and not given.get("greedy"):
         raise ShortcutError(f"the preset {name} leaves blocks out one by one: say how many with --greedy N")
     return {option: value for option, value in options.items() if option in known}

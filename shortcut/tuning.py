@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from shortcut import runs
 from shortcut.errors import ShortcutError
 from shortcut.progress import say, track
-from shortcut.records.actions import Tune
+from shortcut.records.healing import Tune
 from shortcut.records.plan import Plan
 from shortcut.surgery.checkpoint import Checkpoint
 

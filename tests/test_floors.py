@@ -23,7 +23,7 @@ FLOORS = [
     {"sources"},
     {"commands", "talk"},
     {"runs"},
-    {"measure", "selection", "tuning"},
+    {"measure", "selection", "tuning", "evaluation"},
     {"healing"},
     {"road"},
     {"recipes", "freezing"},

@@ -25,7 +25,14 @@ from shortcut.repair.keeper import BEST, STATE
 from shortcut.repair.train import Pace, State, order
 from tests.test_faults import small_disk as small_disk
 
-TEXT: dict[str, Any] = {"samples": 20, "length": 24, "quiet": True, "learning_rate": 3e-3, "rank": 3}
+TEXT: dict[str, Any] = {
+    "samples": 20,
+    "length": 24,
+    "quiet": True,
+    "learning_rate": 3e-3,
+    "rank": 3,
+    "questions": "none",
+}
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +330,7 @@ def test_two_processes_train_as_one(short: Path, tmp_path: Path) -> None:
     """Each takes half of every step; the result is that of one process with steps twice as large."""
     shortcut.heal(short, tmp_path / "one", method="distill", **TEXT, batch_size=4)
     argv = ["heal", str(short), str(tmp_path / "two"), "--method", "distill", "--batch-size", "2", "--json"]
-    argv += ["--samples", "20", "--length", "24", "--learning-rate", "3e-3", "--rank", "3"]
+    argv += ["--questions", "none", "--samples", "20", "--length", "24", "--learning-rate", "3e-3", "--rank", "3"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "shortcut"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *argv], env=environment, capture_output=True, text=True)

@@ -10,7 +10,7 @@ import shortcut
 from shortcut.arguments import bind
 from shortcut.cli import COMMANDS, main
 from shortcut.errors import ShortcutError
-from shortcut.presets import PRESETS, PresetName, with_presets
+from shortcut.presets import PRESETS, SUITES, PresetName, SuiteName, with_presets
 
 TAKING = ("score", "plan", "prune", "sweep")
 TEXT: dict[str, Any] = {"samples": 2, "length": 24, "quiet": True}
@@ -24,10 +24,11 @@ def of(name: str, command: str) -> dict[str, Any]:
 
 
 def test_names() -> None:
-    """The command line offers every preset, and no other; those of `freeze` are lists of blocks."""
+    """The command line offers every preset, and no other; others have presets of their own."""
     assert list(get_args(PresetName)) == list(PRESETS)
+    assert list(get_args(SuiteName)) == list(SUITES)
     taking = {name for name, command in COMMANDS.items() if "preset" in signature(command).parameters}
-    assert taking == {*TAKING, "freeze"}
+    assert taking == {*TAKING, "freeze", "eval", "heal"}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -5,7 +5,6 @@ from typing import Literal, NamedTuple
 from shortcut.errors import ShortcutError
 
 Half = Literal["attention", "mlp"]  # the two residual branches of a block
-Tune = Literal["all", "attention", "mlp"]  # whose projections are trained
 Action = Literal["keep", "drop", "attention-only", "mlp-only", "last-token", "freeze-visual", "freeze-text"]
 GONE: dict[Action, frozenset[Half]] = {
     "keep": frozenset(),

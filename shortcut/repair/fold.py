@@ -11,7 +11,7 @@ the ridge is, and whether there is to be a map at all, is decided on other text.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,12 @@ from shortcut.decoder import Batch, Decoder
 from shortcut.offload import resident
 from shortcut.progress import track
 from shortcut.records.blocks import format_blocks
+from shortcut.records.healing import Objective
 from shortcut.records.plan import Plan
 from shortcut.repair.cosine import turn
 from shortcut.repair.streams import Streams, check_plan, find_projection, perplexity_behind
 
 RIDGES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0)  # times the mean square of what the projection adds
-Objective = Literal["least-squares", "cosine"]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from shortcut.decoder import Decoder
 from shortcut.errors import ShortcutError
 from shortcut.live import blocks_path, build_empty
-from shortcut.records.actions import Action, Tune
+from shortcut.records.actions import Action
+from shortcut.records.healing import Tune
 
 _ALONE: dict[Tune, Action] = {"attention": "mlp-only", "mlp": "attention-only"}  # by which action that half goes
 

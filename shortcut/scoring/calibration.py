@@ -210,14 +210,17 @@ def tokenise(tokenizer: Any, document: str | Conversation, template: str | None)
 
 
 def make_batches(calibration: Calibration, batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
-    """The sequences in batches on a device, shorter ones padded on the right with token 0 and masked."""
+    """The sequences in batches on a device, padded as `pad` pads them."""
     if batch_size < 1:
         raise ShortcutError(f"--batch-size {batch_size} is not a positive number")
-    batches = []
-    for start in range(0, len(calibration.sequences), batch_size):
-        rows = [torch.tensor(row) for row in calibration.sequences[start : start + batch_size]]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        batches.append(Batch(ids.to(device), mask.to(device)))
-    return batches
+    starts = range(0, len(calibration.sequences), batch_size)
+    return [pad(calibration.sequences[start : start + batch_size], device) for start in starts]
+
+
+def pad(sequences: Iterable[Sequence[int]], device: torch.device | str = "cpu") -> Batch:
+    """Sequences as one batch on a device, shorter ones padded on the right with token 0 and masked."""
+    rows = [torch.tensor(row) for row in sequences]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    return Batch(ids.to(device), mask.to(device))
