@@ -184,6 +184,16 @@ def test_what_is_trained(family: str, checkpoint_of: Callable[..., Path]) -> Non
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_what_is_trained_is_in_float32(rank: int, llama: Path) -> None:
+    """Low-rank changes beside weights in bfloat16; whole projections are as they were loaded."""
+    decoder = Decoder.of(load_model(llama, dtype="bfloat16"))
+    adapter = adapt(decoder, rank=rank, alpha=6, dropout=0.0, tune="all", seed=0)
+    assert {weight.dtype for weight in adapter.trained.values()} == {torch.float32 if rank else torch.bfloat16}
+    loss = Student(decoder, None)([0, 1], a_batch())
+    assert all(gradient.isfinite().all() for gradient in gradients(loss, adapter))
+
+
 def test_whole_projections(llama: Path) -> None:
     """Rank 0: no adapter, and what has gradients is what changes."""
     decoder = Decoder.of(load_model(llama))

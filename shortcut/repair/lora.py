@@ -114,6 +114,9 @@ def _inject(decoder: Decoder, names: Sequence[tuple[int, str]], seed: int, **how
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that projections lie sideways, as it finds out itself
         inject_adapter_in_model(LoraConfig(target_modules=targets, **how), decoder.blocks)
+    for weight in decoder.blocks.parameters():
+        if weight.requires_grad:  # in bfloat16, as PEFT makes them beside weights in it, small steps would be lost
+            weight.data = weight.data.float()
     path = blocks_path(decoder.model)
     return LoraConfig(target_modules=[f"{path}.{each}" for each in targets], task_type="CAUSAL_LM", **how)
 
