@@ -26,6 +26,7 @@ class Browser:
         self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
+        self.ask("Emulation.setScrollbarsHidden", hidden=True)  # so that a width is the width, as on a phone
 
     def ask(self, method: str, **parameters: Any) -> Any:
         """One command and its result; what happens meanwhile is noted."""

@@ -95,7 +95,7 @@ def test_what_people_read(pruned: PruneReport) -> None:
     view, plan = read(Path(pruned.cut.out) / "report.html")["view"], pruned.cut.plan
     assert view["title"].endswith(f": {DEPTH - 2} of {DEPTH} blocks")
     blocks = format_blocks(plan.dropped).replace(",", ", ")
-    assert f"counted from 0, {blocks} are deleted: those that score lowest by block-influence" in view["lead"]
+    assert f"Blocks {blocks} are deleted: those that score lowest by block-influence" in view["lead"]
     assert "on 3 sequences of 32 tokens (prose that comes with shortcut)" in view["lead"]
     assert view["actions"] == ["drop" if block in plan.dropped else "keep" for block in range(DEPTH)]
     assert pruned.scores is not None

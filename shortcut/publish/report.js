@@ -18,7 +18,7 @@ const draw = (tag, attributes, ...children) => fill(document.createElementNS(SVG
 const range = (end) => Array.from({ length: end }, (_, number) => number);
 function short(value) {
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2);
+  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace(/\.?0+e/, "e");
   return size >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4)));
 }
 function section(title, ...children) {
@@ -70,7 +70,7 @@ function showBlocks() {
     onfocus: () => select(block), onclick: (event) => event.currentTarget.focus(), onkeydown: move }));
   const numbers = range(depth).map(() => make("span", {}));
   const strip = make("div", { class: "strip", role: "group", "aria-label": `The ${depth} blocks, the first on the left; arrow keys go from one to the next` }, cells);
-  const readout = make("div", { class: "readout", id: "readout" }, "Point at a block, tap it, or go there with Tab and the arrow keys: what was done to it and what it scores stands here.");
+  const readout = make("div", { class: "readout", id: "readout" });
   const bars = make("div", { class: "bars", role: "img" }), axis = make("div", { class: "axis", "aria-hidden": "true" });
   const blocks = make("div", { class: "chart" }, strip, make("div", { class: "numbers", "aria-hidden": "true" }, numbers));
 
@@ -93,9 +93,11 @@ function showBlocks() {
     numbers.forEach((node, block) => { node.textContent = block % step ? "" : block; });
   }
   const chart = make("div", { class: "chart" }, axis, bars);
-  section("Blocks", legend, blocks, readout, ...(panels.length ? [showScores(bars, axis, chart, select)] : []), scoresTable());
+  const hint = make("p", { class: "note screen" }, "Point at a block, tap it, or go there with Tab and the arrow keys, to read what was done to it and what it scores.");
+  section("Blocks", legend, blocks, hint, readout, ...(panels.length ? [showScores(bars, axis, chart, select)] : []), scoresTable());
   new ResizeObserver(fit).observe(strip);
   fit();
+  select(Math.max(0, view.actions.findIndex((action) => action !== "keep")));
 }
 
 function showScores(bars, axis, chart, select) {
@@ -110,7 +112,7 @@ function showScores(bars, axis, chart, select) {
     axis.replaceChildren(...ticks.map((tick) => make("span", { style: `bottom: ${height(tick)}%` }, short(tick))));
     bars.setAttribute("aria-label", `Bars of ${panel.name} for every block; the numbers are in the table below`);
     caption.replaceChildren(panel.formula ? `Importance of single blocks: ${panel.formula}. ` : "",
-      `Higher is more important${log ? " (log scale)" : ""}.${panel.marked.length ? " Hatched: what goes by the plan." : ""}`);
+      `Higher is more important${log ? " (log scale)" : ""}.${panel.marked.length ? " Hatched: what the plan takes." : ""}`);
   }
   show(panels[0]);
   const pick = make("div", { class: "pick" }, panels.length > 1 ? make("label", { for: "metric" }, "Score of single blocks by") : `Score of single blocks by ${panels[0].name}`, panels.length > 1 ? chosen : null);
@@ -162,7 +164,7 @@ function showMaps() {
 }
 
 function showMap(panel) {
-  const left = 34, top = 30, side = 400 / depth, right = left + 400, went = panel.marked.filter((block) => !panel.marked.includes(block - 1));
+  const left = 34, top = 34, side = 400 / depth, right = left + 400, went = panel.marked.filter((block) => !panel.marked.includes(block - 1));
   const x = (first) => left + first * side, y = (length) => top + (length - 1) * side;
   const cells = [], dots = [];
   panel.spans.forEach((row, place) => {
@@ -174,10 +176,10 @@ function showMap(panel) {
     const length = range(depth).find((count) => !panel.marked.includes(first + count)) ?? depth - first;
     return draw("rect", { class: "went", x: x(first) - 1, y: y(length) - 1, width: side + 2, height: side + 2 });
   });
-  const step = [1, 2, 5, 10, 20, 50].find((each) => each * side >= 20) || 100;
+  const step = [1, 2, 5, 10, 20, 50].find((each) => each * side >= 22) || 100;
   const labels = range(depth).filter((block) => block % step === 0).map((block) => draw("text", { x: x(block) + side / 2, y: top - 5, "text-anchor": "middle" }, block))
     .concat(range(depth).filter((place) => (place + 1) % step === 0 || !place).map((place) => draw("text", { x: left - 5, y: y(place + 1) + side / 2 + 4, "text-anchor": "end" }, place + 1)))
-    .concat([draw("text", { x: left, y: 10 }, "first block"), draw("text", { x: 10, y: y(1) + 150, transform: `rotate(-90 10 ${y(1) + 150})`, "text-anchor": "middle" }, "blocks in the span")]);
+    .concat([draw("text", { x: left, y: 12 }, "first block"), draw("text", { x: 10, y: y(1) + 150, transform: `rotate(-90 10 ${y(1) + 150})`, "text-anchor": "middle" }, "blocks in the span")]);
   const cursor = draw("rect", { class: "cursor", width: side, height: side, visibility: "hidden" });
   const says = make("p", { class: "note screen", role: "status" }, "Point at a span to read its score.");
   let [first, length] = [went[0] ?? 0, 1];
@@ -210,15 +212,15 @@ function showMap(panel) {
 function showTrials() {
   if (!trials) return;
   const prices = trials.trials.map(({ perplexity }) => perplexity), base = trials.perplexity, low = Math.min(base, ...prices);
-  const high = Math.max(low * 1.01, Math.min(Math.max(...prices), 20 * base)), [head, whole, ...rows] = view.trials.table;
+  const high = Math.max(low * 1.01, Math.min(Math.max(...prices), 20 * base)), [whole, ...rows] = view.trials.rows;
   const dot = (value) => make("i", { class: value > high ? "beyond" : null, style: `width: ${Math.min(1, Math.log(value / low) / Math.log(high / low)) * 92 + 2}%` });
-  const line = ([select, metric, , dropped, parameters, price], value, best) => make("tr", { class: best ? "best" : null },
+  const line = ([select, metric, dropped, parameters, price], value, best) => make("tr", { class: best ? "best" : null },
     make("td", { class: "words" }, select), make("td", { class: "words" }, metric), make("td", { class: "words" }, dropped),
     make("td", {}, parameters), make("td", {}, price, best ? make("span", { class: "hidden" }, " (carried out)") : null), make("td", { class: "dots", "aria-hidden": "true" }, dot(value)));
   section("Plans that were tried", make("p", { class: "note" }, `Perplexity on ${trials.text}, set aside from what the blocks were scored on. ▸ is the plan that was carried out; dots are on a log scale, up to ${short(high)}.`),
     make("div", { class: "wide", tabindex: 0, role: "region", "aria-label": "Plans that were tried" }, make("table", {},
-      make("thead", {}, make("tr", {}, ["rule", "metric", "what goes", head[4], head[5], ""].map((text, place) => make("th", { class: place < 3 ? "words" : null, scope: "col" }, text)))),
-      make("tbody", {}, line(["whole model", "", "", "nothing", ...whole.slice(4)], base, false), rows.map((row, place) => line(row, prices[place], place === view.trials.best))))));
+      make("thead", {}, make("tr", {}, ["rule", "metric", "what goes", "parameters", "perplexity", ""].map((text, place) => make("th", { class: place < 3 ? "words" : null, scope: "col" }, text)))),
+      make("tbody", {}, line(whole, base, false), rows.map((row, place) => line(row, prices[place], place === view.trials.best))))));
 }
 
 /* What it is worth: numbers, and words. */

@@ -50,9 +50,8 @@ _NOTES = {
     "FLOPs of a prompt": f"of {PROMPT[0]} tokens of text and {PROMPT[1]} of an image, all attending to all",
     "largest difference of logits": "from those of the base with these blocks bypassed in memory",
 }
-# Shown at a glance, where they differ from the base's or are measured.
-_GLANCE = {"blocks", "parameters", "KV cache per token", "FLOPs of a prompt", "perplexity", "right answers"}
-_GLANCE |= {"prompt tokens/s", "new tokens/s"}
+_QUALITY = {"perplexity", "right answers", "prompt tokens/s", "new tokens/s"}  # shown at a glance
+_SIZES = {"blocks", "parameters", "KV cache per token", "FLOPs of a prompt"}  # so too where they differ from the base's
 _RULES = {
     "lowest": "those that score lowest",
     "span": "the span that scores lowest",
@@ -108,10 +107,12 @@ def make_report(
     columns: dict[str, dict[str, float | str]] = {"base": _count(base, base, whole)}
     columns |= {name: _count(checkpoint, base, plan) for name, checkpoint in made.items()}
     own, sees = list(made)[-1], check.answers is not None
+    for column, row, value in _operations(base, plan, own):
+        columns[column][row] = value
     for name, before, after in check.rows:
         columns["base"] |= {str(name): str(before)} if before else {}
         columns[own][str(name)] = str(after)
-    for column, row, value in [*_exact(check, own), *_operations(base, plan, own)]:
+    for column, row, value in _exact(check, own):
         columns[column][row] = value
     how = {
         "command": command,
@@ -211,17 +212,17 @@ def _surroundings() -> dict[str, str]:
 
 def _view(report: Report) -> dict[str, Any]:
     """What the page needs beside the records: texts, and numbers as people read them."""
-    plan, links = report.plan, ["plan.yaml", *(["scores.json"] if report.scores is not None else [])]
+    plan, table = report.plan, _table(report)
     return {
         "title": _title(report),
         "lead": _lead(report),
         "actions": plan.actions,
         "panels": [] if report.scores is None else _panels(report.scores, plan),
-        "glance": [row for row in _table(report) if row["name"] in _GLANCE and row["texts"][0] != row["texts"][-1]],
-        "table": _table(report),
-        "trials": None if report.trials is None else {"best": report.trials.best, "table": report.trials.table()},
+        "glance": [row for row in table if row["name"] in _QUALITY or (row["name"] in _SIZES and row["change"])],
+        "table": table,
+        "trials": None if report.trials is None else _trials(report.trials),
         "yaml": format_plan(plan),
-        "links": links,
+        "links": ["plan.yaml", *(["scores.json"] if report.scores is not None else [])],
     }
 
 
@@ -236,12 +237,14 @@ def _title(report: Report) -> str:
 def _lead(report: Report) -> str:
     """One or two sentences: what was done, and why these blocks."""
     why, plan = report.plan.why, report.plan
-    gone = re.sub(r"(\d),(\d)", r"\1, \2", say_what_goes(plan).partition(";")[0]).replace("`", "")
+    gone = re.sub(r" \(`.*?`\)", "", say_what_goes(plan).partition(";")[0])
+    gone = re.sub(r"(\d),(\d)", r"\1, \2", gone)
     rule = _RULES.get(str(why.get("select")), "chosen by hand")
-    by = f" by {why['metric']}" if "metric" in why else ""
-    on = f", on {_say_text(why['calibration'])}" if by and why.get("calibration") else ""
+    by = " per parameter" if "," in str(why.get("allow")) and why.get("select") in ("lowest", "greedy") else ""
+    by += f" by {why['metric']}" if "metric" in why else ""
+    on = f", on {_say_text(why['calibration'])}" if why.get("calibration") else ""
     exact = "" if report.how["changes"] else " What remains is the base's, byte for byte: nothing was trained."
-    return f"Of its blocks, counted from 0, {gone}: {rule}{by}{on}.{exact}"
+    return f"Blocks {gone}: {rule}{by}{on}.{exact}"
 
 
 def _say_text(record: Mapping[str, Any]) -> str:
@@ -267,6 +270,15 @@ def _panels(scores: Scores, plan: Plan) -> list[dict[str, Any]]:
         for part in [*whole, *scores.halves]
         for name in scores.names
     ]
+
+
+def _trials(trials: Trials) -> dict[str, Any]:
+    """The plans that were tried, a row of texts each, the whole model first; best: the one that was carried out."""
+    whole, *rows = trials.table()[1:]
+    rows = [
+        [select, metric, dropped, format_count(int(size)), price] for select, metric, _, dropped, size, price in rows
+    ]
+    return {"best": trials.best, "rows": [["whole model", "", "nothing", format_count(int(whole[4])), whole[5]], *rows]}
 
 
 def _table(report: Report) -> list[dict[str, Any]]:
