@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -136,11 +137,16 @@ def test_samples_are_what_the_models_write(pruned: PruneReport) -> None:
             assert sample.written[name] == tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
 
 
-def test_a_model_that_cannot_write(pruned: PruneReport) -> None:
-    """What fails while it writes, and a context that is full, cost the samples, not the checkpoint."""
-    folder = Path(pruned.cut.out)
+def test_a_model_that_cannot_write(pruned: PruneReport, tmp_path: Path) -> None:
+    """A context that is full, and a template that refuses the question, cost the samples, not the checkpoint."""
+    folder = shutil.copytree(pruned.cut.out, tmp_path / "short")
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert len(write_on(model, folder)) == len(PROMPTS)
+    (folder / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
+    assert [prompt for prompt, _ in write_on(model, folder)] == [question for question, _ in PROMPTS]
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    assert write_on(model, folder) == []
+    (folder / "chat_template.jinja").unlink()
     model.config.max_position_embeddings = 8
     assert write_on(model, folder) == []
     assert pair_samples(SimpleNamespace(), {"base": [("a", "b")], "shortened": []}) == ()  # type: ignore[arg-type]

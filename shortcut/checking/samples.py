@@ -42,12 +42,14 @@ def write_on(model: Model, folder: Path, *, trust_remote_code: bool = False) -> 
 
     folder: of its checkpoint, for the tokenizer. Empty where this model cannot write: that is no fault of a cut.
     """
+    from jinja2 import TemplateError
+
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     asked = bool(getattr(tokenizer, "chat_template", None))
     prompts = [question if asked else beginning for question, beginning in PROMPTS]
     try:
         return [(prompt, _continue(model, tokenizer, prompt, asked=asked)) for prompt in prompts]
-    except LOADING_ERRORS:
+    except (*LOADING_ERRORS, TemplateError):
         return []
 
 

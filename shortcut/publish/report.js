@@ -212,13 +212,14 @@ function showMap(panel) {
 function showTrials() {
   if (!trials) return;
   const prices = trials.trials.map(({ perplexity }) => perplexity), base = trials.perplexity, low = Math.min(base, ...prices);
-  const high = Math.max(low * 1.01, Math.min(Math.max(...prices), 20 * base)), [whole, ...rows] = view.trials.rows;
+  const sound = prices.filter((price) => price <= 20 * base); // the others are ruined, and would press these together
+  const high = sound.length ? Math.max(...sound, base * 1.01) * (sound.length < prices.length ? 1.2 : 1) : 20 * base, [whole, ...rows] = view.trials.rows;
   const dot = (value) => make("i", { class: value > high ? "beyond" : null, style: `width: ${Math.min(1, Math.log(value / low) / Math.log(high / low)) * 92 + 2}%` });
   const line = ([select, metric, dropped, parameters, price], value, best) => make("tr", { class: best ? "best" : null },
     make("td", { class: "words" }, select), make("td", { class: "words" }, metric), make("td", { class: "words" }, dropped),
     make("td", {}, parameters), make("td", {}, price, best ? make("span", { class: "hidden" }, " (carried out)") : null), make("td", { class: "dots", "aria-hidden": "true" }, dot(value)));
   section("Plans that were tried", make("p", { class: "note" }, `Perplexity on ${trials.text}, set aside from what the blocks were scored on. ▸ is the plan that was carried out; dots are on a log scale, up to ${short(high)}.`),
-    make("div", { class: "wide", tabindex: 0, role: "region", "aria-label": "Plans that were tried" }, make("table", {},
+    make("div", { class: "wide trials", tabindex: 0, role: "region", "aria-label": "Plans that were tried" }, make("table", {},
       make("thead", {}, make("tr", {}, ["rule", "metric", "what goes", "parameters", "perplexity", ""].map((text, place) => make("th", { class: place < 3 ? "words" : null, scope: "col" }, text)))),
       make("tbody", {}, line(whole, base, false), rows.map((row, place) => line(row, prices[place], place === view.trials.best))))));
 }

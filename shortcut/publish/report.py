@@ -48,7 +48,7 @@ _FORMS: dict[str, Any] = {
 _NOTES = {
     "KV cache per token": "in half precision",
     "FLOPs of a prompt": f"of {PROMPT[0]} tokens of text and {PROMPT[1]} of an image, all attending to all",
-    "largest difference of logits": "from those of the base with these blocks bypassed in memory",
+    "largest difference of logits": "from those of the base with the same done to it in memory",
 }
 _QUALITY = {"perplexity", "right answers", "prompt tokens/s", "new tokens/s"}  # shown at a glance
 _SIZES = {"blocks", "parameters", "KV cache per token", "FLOPs of a prompt"}  # so too where they differ from the base's
@@ -109,7 +109,7 @@ def make_report(
     own, sees = list(made)[-1], check.answers is not None
     for column, row, value in _operations(base, plan, own):
         columns[column][row] = value
-    for name, before, after in check.rows:
+    for name, before, after in check.rows:  # as text, whatever is measured; what is known as numbers comes next
         columns["base"] |= {str(name): str(before)} if before else {}
         columns[own][str(name)] = str(after)
     for column, row, value in _exact(check, own):
@@ -228,10 +228,10 @@ def _view(report: Report) -> dict[str, Any]:
 
 def _title(report: Report) -> str:
     plan = report.plan
-    what = f"{len(plan.kept)} of {plan.base.blocks} blocks"
-    if plan.frozen:
-        what = f"images frozen in {len(plan.frozen)} of {plan.base.blocks} blocks"
-    return f"{name_base(plan)}: {what}"
+    what = [f"{len(plan.kept)} of {plan.base.blocks} blocks"]
+    what += [f"{len(plan.hollow)} of them halved"] if plan.hollow else []
+    what += [f"images frozen in {len(plan.frozen)}"] if plan.frozen else []
+    return f"{name_base(plan)}: {', '.join(what)}"
 
 
 def _lead(report: Report) -> str:
