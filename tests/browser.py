@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -97,6 +98,13 @@ class Browser:
     def print(self, path: Path) -> None:
         """Write the page as it is printed."""
         path.write_bytes(base64.b64decode(self.ask("Page.printToPDF", printBackground=False)["data"]))
+
+
+def read_page(path: Path) -> Any:
+    """The records that a page holds, without a browser."""
+    text = path.read_text(encoding="utf-8")
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    return json.loads(found)
 
 
 @contextmanager

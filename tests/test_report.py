@@ -30,7 +30,7 @@ from shortcut.road import PruneReport
 from shortcut.scoring.drawings import draw
 from shortcut.scoring.pictures import Pair, Pictures
 from shortcut.surgery.checkpoint import read_checkpoint
-from tests.browser import PROGRAM, Browser, browse
+from tests.browser import PROGRAM, Browser, browse, read_page
 from tests.conftest import DEPTH
 
 HOSTILE = (
@@ -61,18 +61,10 @@ def full(pruned: PruneReport) -> Report:
     return replace(page, plan=plan, trials=Trials(HOSTILE, HOSTILE, 1000, 5.0, tried), samples=(sample,), how=how)
 
 
-def read(path: Path) -> Any:
-    """The records that a page holds."""
-    (text,) = re.findall(
-        r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.DOTALL
-    )
-    return json.loads(text)
-
-
 def test_it_holds_the_records(pruned: PruneReport) -> None:
     """Plan and scores are those of the files beside it, and every figure is that of the reports."""
     folder = Path(pruned.cut.out)
-    data, told = read(folder / "report.html"), pruned.to_dict()
+    data, told = read_page(folder / "report.html"), pruned.to_dict()
     assert data["plan"] == yaml.safe_load((folder / "plan.yaml").read_text())
     assert data["scores"] == json.loads((folder / "scores.json").read_text())
     assert data["trials"] is None
@@ -91,9 +83,9 @@ def test_it_holds_the_records(pruned: PruneReport) -> None:
     assert [sample["written"] for sample in data["samples"]] == [s["written"] for s in told["check"]["samples"]]
 
 
-def test_what_people_read(pruned: PruneReport) -> None:
+def test_what_people_read_page(pruned: PruneReport) -> None:
     """Title and first sentence say how much, which blocks and why; panels mark the blocks that went."""
-    view, plan = read(Path(pruned.cut.out) / "report.html")["view"], pruned.cut.plan
+    view, plan = read_page(Path(pruned.cut.out) / "report.html")["view"], pruned.cut.plan
     assert view["title"].endswith(f": {DEPTH - 2} of {DEPTH} blocks")
     blocks = format_blocks(plan.dropped).replace(",", ", ")
     assert f"Blocks {blocks} are deleted: those that score lowest by block-influence" in view["lead"]
@@ -173,14 +165,15 @@ def test_healed(pruned: PruneReport, llama: Path, tmp_path: Path) -> None:
     base, cut = read_checkpoint(llama), read_checkpoint(Path(pruned.cut.out))
     how: dict[str, Any] = {"perplexity_cut": 12.5, "changes": ["blocks 1-2 by a map"], "command": "shortcut heal a b"}
     report = report_healed(tmp_path, base, pruned.cut.plan, cut, cut, pruned.check, **how)
-    data = read(tmp_path / "report.html")
+    data = read_page(tmp_path / "report.html")
     assert list(data["columns"]) == list(report.columns) == ["base", "cut", "healed"]
     row = next(row for row in data["view"]["table"] if row["name"] == "perplexity")
     assert row["texts"] == [f"{pruned.check.perplexity_base:.2f}", "12.50", f"{pruned.check.perplexity:.2f}"]
     assert data["scores"] == json.loads((cut.folder / "scores.json").read_text())
     assert data["how"]["changes"] == ["blocks 1-2 by a map"]
     assert "byte for byte" not in data["view"]["lead"]
-    assert (tmp_path / "plan.yaml").read_text() == (cut.folder / "plan.yaml").read_text()
+    for name in data["view"]["links"]:
+        assert (tmp_path / name).read_text() == (cut.folder / name).read_text()
 
 
 def test_demos_end_with_its_path(pruned: PruneReport) -> None:
@@ -218,7 +211,9 @@ def test_it_needs_no_other_file(pruned: PruneReport, full: Report, tmp_path: Pat
         assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(", page)
         tags = tags or [tag for tag, _ in elements]
         assert [tag for tag, _ in elements] == tags
-    assert read(tmp_path / "report.html") | {"view": None} == json.loads(json.dumps({**full.to_dict(), "view": None}))
+    assert read_page(tmp_path / "report.html") | {"view": None} == json.loads(
+        json.dumps({**full.to_dict(), "view": None})
+    )
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from shortcut.publish.card import loading_code, name_base, say_what_goes
 from shortcut.publish.plots import TITLES, goes
 from shortcut.records.actions import Action
 from shortcut.records.plan import Plan, format_plan
-from shortcut.records.scores import Scores, read_scores
+from shortcut.records.scores import Scores, format_scores, read_scores
 from shortcut.scoring.metrics import METRICS
 from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.savings import cache_per_token, prefill
@@ -138,8 +138,8 @@ def report_healed(
 ) -> Report:
     """Write the page of a healed checkpoint into its folder: base, cut and healed, with the scores that the cut kept.
 
-    changes: what healing did, a line each. Beside it goes the plan, as `prune` leaves it. Raises ShortcutError where a
-    file cannot be written.
+    changes: what healing did, a line each. Beside it go plan and scores, as `prune` leaves them. Raises ShortcutError
+    where a file cannot be written.
     """
     kept = cut.folder / "scores.json"
     scores = read_scores(kept) if kept.exists() else None
@@ -148,6 +148,8 @@ def report_healed(
     if perplexity_cut is not None:
         report = report.measured({"cut": {"perplexity": perplexity_cut}})
     write_text(folder / "plan.yaml", format_plan(plan))
+    if scores is not None:
+        write_text(folder / "scores.json", format_scores(scores))
     write_report(folder / "report.html", report)
     return report
 
@@ -287,7 +289,7 @@ def _table(report: Report) -> list[dict[str, Any]]:
     rows = []
     for name in names:
         values = [column.get(name) for column in report.columns.values()]
-        form = _FORMS.get(name, "{:g}".format)
+        form = _FORMS.get(name, "{:.4g}".format)
         texts = ["" if value is None else value if isinstance(value, str) else form(value) for value in values]
         change, (first, last) = "", (values[0], values[-1])
         if isinstance(first, int | float) and isinstance(last, int | float) and first != last and first:
