@@ -3,6 +3,7 @@
 The command line and recipe files share this, so that a word means the same in both.
 """
 
+import shlex
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -72,6 +73,20 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
         positional = parameter.kind is Parameter.POSITIONAL_OR_KEYWORD
         options[name] = Option(name, kinds, parameter.default, positional)
     return options
+
+
+def spell_out(command: Callable[..., Any], values: Mapping[str, Any]) -> str:
+    """The command line that makes a call: what it is about, and every option that is not left at its default.
+
+    values: by parameter name. Options that say nothing of the result are left out.
+    """
+    words = ["shortcut", command.__name__]
+    for name, option in options_of(command).items():
+        if option.positional:
+            words.append(str(values[name]))
+        elif values[name] != option.default and name not in ("quiet", "overwrite"):
+            words += [option.flag] if option.is_switch else [option.flag, str(values[name])]
+    return shlex.join(words)
 
 
 def bind(function: Callable[..., Any], texts: Mapping[str, str]) -> dict[str, Any]:

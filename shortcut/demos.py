@@ -69,6 +69,8 @@ class DemoReport:
                 "",
                 "from transformers import AutoModelForCausalLM",
                 f'model = AutoModelForCausalLM.from_pretrained("{cut.out}")',
+                "",
+                f"the whole report: {Path(cut.out).resolve() / 'report.html'}",
             ]
         )
 
@@ -124,6 +126,8 @@ class VisionReport:
                 "",
                 "from transformers import AutoModelForImageTextToText, AutoProcessor",
                 f'model = AutoModelForImageTextToText.from_pretrained("{out}", trust_remote_code=True)',
+                "",
+                f"the whole report: {out.resolve() / 'report.html'}",
             ]
         )
 
@@ -189,10 +193,14 @@ def demo(
 def _demo_text(out: str, *, overwrite: bool, quiet: bool) -> DemoReport:
     from shortcut.checking.speed import measure_speed
     from shortcut.live import load_model
+    from shortcut.publish.report import write_report
 
     base = open_model(embedded_model(), quiet=quiet)
     count = round(base.base.blocks * DEMO_SHARE)
     pruned = prune(base.name, out, count=count, metric="block-influence,angular", overwrite=overwrite, quiet=quiet)
     say("measuring speed", quiet=quiet)
     before, after = measure_speed([load_model(base.folder), load_model(Path(out))], runs=SPEED_RUNS)
+    speeds = {"base": before, "shortened": after}
+    found = {name: {"prompt tokens/s": each.prefill, "new tokens/s": each.decode} for name, each in speeds.items()}
+    write_report(Path(out) / "report.html", pruned.page.measured(found))
     return DemoReport(pruned, before, after)

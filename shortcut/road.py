@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortcut import commands, runs
+from shortcut.arguments import spell_out
 from shortcut.choose.rules import parse_rules
 from shortcut.presets import PresetName, with_presets
 from shortcut.progress import byte_bar, say
@@ -15,6 +16,7 @@ from shortcut.records.scores import Average, Scores, format_scores
 from shortcut.scoring.documents import Source
 from shortcut.selection import Request, select_plan
 from shortcut.sources import open_model
+from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.config import check_family
 from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
 from shortcut.surgery.hollow import check_freezes
@@ -24,6 +26,7 @@ from shortcut.text import parse_size
 if TYPE_CHECKING:
     from shortcut.checking.verify import CheckReport
     from shortcut.choose.trials import Trials
+    from shortcut.publish.report import Report
 
 
 # When the result is checked: sequences of text, or questions about images; and tokens of a sequence at most.
@@ -34,12 +37,16 @@ SPEED_RUNS = 5
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune` did: scores (None where none were needed), plans tried where there were several, cut and check."""
+    """What `prune` did: scores (None where none were needed), plans tried where there were several, cut and check.
+
+    page: what report.html shows of it.
+    """
 
     scores: Scores | None
     trials: "Trials | None"
     cut: CutReport
     check: "CheckReport"
+    page: "Report"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for --json."""
@@ -96,6 +103,7 @@ def prune(
     auto), each chooses by every metric, every plan is tried on text set aside from --data, a quarter beyond --samples,
     and the one with the lowest perplexity is carried out. OUT is there only if the check passed.
     """
+    asked = dict(locals())
     from shortcut.checking.verify import check_checkpoint
     from shortcut.live import pick_device, pick_dtype
     from shortcut.scoring.metrics import pick_metrics
@@ -130,23 +138,37 @@ def prune(
         with byte_bar(cut.bytes_after, "writing", quiet=quiet) as advance:
             short = write_checkpoint(base, plan, config, folder, max_shard_size=limit, advance=advance)
         say("checking: keys, tensors, logits, and what it is worth, before and after", quiet=quiet)
-        short, compared = replace(short, name=str(out)), (base, plan)
-        checked = check_checkpoint(short, compared, unseen, batch_size=batch_size, quiet=quiet, **loading)
-        report = PruneReport(scores, trials, cut, checked)
-        _describe(folder, report)
-    return report
+        short, how = replace(short, name=str(out)), {"batch_size": batch_size, "quiet": quiet, **loading}
+        checked = check_checkpoint(short, (base, plan), unseen, samples=True, **how)
+        made: dict[str, Any] = {"scores": scores, "trials": trials, "command": spell_out(prune, asked)}
+        return _describe(folder, base, short, cut, checked, **made)
 
 
-def _describe(folder: Path, report: PruneReport) -> None:
-    """Write beside the weights how they came about: plan, scores, picture where matplotlib is there, model card."""
+def _describe(
+    folder: Path,
+    base: Checkpoint,
+    short: Checkpoint,
+    cut: CutReport,
+    check: "CheckReport",
+    *,
+    scores: Scores | None,
+    trials: "Trials | None",
+    command: str,
+) -> PruneReport:
+    """Write beside the weights how they came about: plan, scores, picture where matplotlib is there, card, report."""
     from shortcut.publish.card import format_card
     from shortcut.publish.plots import draw_scores
+    from shortcut.publish.report import make_report, write_report
 
-    plan = report.cut.plan
+    plan = cut.plan
     write_text(folder / "plan.yaml", format_plan(plan))
-    picture = report.scores is not None and importlib.util.find_spec("matplotlib") is not None
-    if report.scores is not None:
-        write_text(folder / "scores.json", format_scores(report.scores))
+    picture = scores is not None and importlib.util.find_spec("matplotlib") is not None
+    if scores is not None:
+        write_text(folder / "scores.json", format_scores(scores))
         if picture:
-            draw_scores(report.scores, folder / "scores.png", plan.actions)
-    write_text(folder / "README.md", format_card(plan, report.cut, report.check, picture=picture))
+            draw_scores(scores, folder / "scores.png", plan.actions)
+    write_text(folder / "README.md", format_card(plan, cut, check, picture=picture))
+    found: dict[str, Any] = {"scores": scores, "trials": trials, "command": command}
+    page = make_report(base, plan, {"shortened": short}, check, **found)
+    write_report(folder / "report.html", page)
+    return PruneReport(scores, trials, cut, check, page)

@@ -20,6 +20,7 @@ from shortcut.freezing import LISTS
 from shortcut.records.plan import Base, Plan
 from shortcut.sources import EMBEDDED_VISION
 from shortcut.surgery.savings import prefill
+from tests.browser import read_page
 from tests.hub_server import serve
 from tests.vision import FAMILIES, IMAGE, make_inputs, make_vision_model
 
@@ -50,6 +51,28 @@ def test_the_road(frozen: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "right answers:" in text
     again = shortcut.plan(frozen / "scores.json", count=4, allow="freeze-visual")
     assert again.frozen == tuple(lowest)
+
+
+def test_the_report(frozen: Path) -> None:
+    """It says how many answers are right, what of a prompt is saved, and shows questions with image and answers."""
+    data, config = read_page(frozen / "report.html"), json.loads((frozen / "config.json").read_text())
+    assert data["view"]["title"] == "tiny-llava: 12 of 12 blocks, images frozen in 4"
+    assert data["view"]["actions"].count("freeze-visual") == 4
+    assert [panel["marked"] for panel in data["view"]["panels"]] == [config["shortv"]["blocks"]]
+    found = prefill(config["text_config"], config["shortv"]["blocks"], 64, 576)
+    columns = data["columns"]
+    assert [column["FLOPs of a prompt"] for column in columns.values()] == [found.dense, found.frozen]
+    checked = shortcut.check(frozen, samples=64, data="heldout", quiet=True).answers
+    assert checked is not None
+    assert (columns["base"]["right answers"], columns["shortened"]["right answers"]) == (
+        checked.right_base,
+        checked.right,
+    )
+    assert len(data["samples"]) == 6
+    for sample in data["samples"]:
+        assert sample["images"][0].startswith("data:image/png;base64,")
+        assert set(sample["written"]) == {"base", "shortened"}
+        assert sample["right"]
 
 
 def test_it_answers_as_anybody_loads_it(frozen: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shortcut.errors import ShortcutError
-from shortcut.publish.plots import _goes, draw_scores
+from shortcut.publish.plots import draw_scores, goes
 from shortcut.records.actions import GONE
 from shortcut.records.plan import Base
 from shortcut.records.scores import Scores
@@ -68,7 +68,7 @@ def test_without_matplotlib(monkeypatch):
 
 def test_what_is_marked():
     """A panel marks blocks by what goes of them: halves go with whole blocks, images freeze alone."""
-    marked = {(part, own) for part in GONE for own in GONE if _goes(part, own)}
+    marked = {(part, own) for part in GONE for own in GONE if goes(part, own)}
     assert {own for part, own in marked if part == "drop"} == {"drop"}
     assert {own for part, own in marked if part == "attention-only"} == {"drop", "attention-only"}
     assert {own for part, own in marked if part == "freeze-visual"} == {"freeze-visual"}

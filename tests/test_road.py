@@ -25,7 +25,7 @@ def test_prune_leaves_everything_behind(llama: Path, tmp_path: Path, capsys: pyt
     printed = json.loads(capsys.readouterr().out)
     assert {path.name for path in out.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-        *("README.md", "plan.yaml", "scores.json", "scores.png", "shortcut.json"),
+        *("README.md", "plan.yaml", "scores.json", "scores.png", "report.html", "shortcut.json"),
     }
     plan, scores = read_plan(out / "plan.yaml"), read_scores(out / "scores.json")
     values = scores.of_blocks("block-influence")

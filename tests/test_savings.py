@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import shortcut
 from shortcut.live import load_model
-from shortcut.records.plan import Base, Plan
+from shortcut.records.plan import Base, Format, Plan
 from shortcut.surgery import savings as module
+from shortcut.surgery.checkpoint import read_checkpoint
+from shortcut.surgery.savings import cache_per_token
 from tests.conftest import DEPTH, VOCABULARY
 from tests.reference import blocks_of
 
@@ -59,6 +62,19 @@ def test_savings_are_what_counters_say(
     assert sum(sizes) <= found["drop"].parameters == sum(w.numel() for w in blocks_of(model)[3].parameters())
 
 
+@pytest.mark.parametrize("format", ["custom", "zeroed"])
+def test_the_cache_of_a_plan(format: Format, llama: Path, tmp_path: Path) -> None:  # noqa: A002
+    """Bytes per token in half precision are those of the numbers that the result keeps of a prompt."""
+    checkpoint = read_checkpoint(llama)
+    plan = Plan.of(checkpoint.base, {1: "drop", 2: "attention-only", 4: "mlp-only", 5: "mlp-only"})
+    shortcut.cut(llama, tmp_path / "short", plan=plan, format=format, quiet=True)
+    ids = torch.arange(4, 15)[None]
+    with torch.no_grad():
+        layers = load_model(tmp_path / "short")(ids, use_cache=True).past_key_values.layers
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in layers if layer.keys is not None)
+    assert cache_per_token(checkpoint, replace(plan, format=format)) == 2 * held // ids.shape[1]
+
+
 def test_blocks_that_are_hollow_already(llama: Path, tmp_path: Path) -> None:
     """A block without attention has no cache to save, and can only be dropped."""
     shortcut.cut(llama, tmp_path / "short", mlp_only="3", quiet=True)
@@ -78,4 +94,6 @@ def test_what_cannot_be_told(checkpoint_of: Callable[..., Path], tmp_path: Path)
     found = shortcut.inspect(tmp_path / "other", quiet=True)
     assert [saving.action for saving in found.savings[0]] == ["drop"]
     assert (found.savings[0][0].cache, found.savings[0][0].prefill) == (None, None)
+    other = read_checkpoint(tmp_path / "other")
+    assert cache_per_token(other, Plan.dropping(other.base, (1,))) is None
     assert " drop " in str(found)

@@ -18,6 +18,7 @@ from torch import nn
 
 from shortcut.checking.answers import Answers, answer, compare_answers
 from shortcut.checking.perplexity import perplexity
+from shortcut.checking.samples import Sample, pair_samples, write_on
 from shortcut.decoder import Batch
 from shortcut.errors import ShortcutError
 from shortcut.live import Model, find_blocks, hidden_input, hidden_output, load_model
@@ -38,7 +39,8 @@ class CheckReport:
     """What was compared and what came out. The base's entries are None where no base was compared.
 
     text: the held-out text of the perplexities, with the BOS policy, or the questions about images that were answered
-    instead. passed_by: whether there are last-token blocks. healed: tensors that are not the base's.
+    instead. passed_by: whether there are last-token blocks. healed: tensors that are not the base's. samples: what both
+    wrote, where that was asked for.
     """
 
     checkpoint: str
@@ -51,10 +53,12 @@ class CheckReport:
     logit_difference: float | None
     passed_by: bool = False
     healed: tuple[str, ...] = ()
+    samples: tuple[Sample, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for --json."""
-        return asdict(self)
+        """Plain data, for --json; images of samples are left out."""
+        samples = [{"prompt": each.prompt, "written": dict(each.written), "right": each.right} for each in self.samples]
+        return {**asdict(replace(self, samples=())), "samples": samples}
 
     @property
     def rows(self) -> list[list[object]]:
@@ -99,13 +103,15 @@ def check_checkpoint(
     heldout: Material,
     *,
     batch_size: int,
+    samples: bool = False,
     quiet: bool = False,
     **loading: Any,
 ) -> CheckReport:
     """Load a checkpoint with plain `from_pretrained` and compare it with the base that a plan was carried out on.
 
-    heldout: text for the perplexity of both, or questions about images for both to answer. loading: as for
-    `load_model`. One model is in memory at a time. Raises ShortcutError at the first thing that is not as it should be.
+    heldout: text for the perplexity of both, or questions about images for both to answer. samples: whether both write
+    on behind a few prompts, for people to read. loading: as for `load_model`. One model is in memory at a time. Raises
+    ShortcutError at the first thing that is not as it should be.
     """
     healed = read_healed(short.folder)
     if astray := sorted(set(healed) - set(short.tensors)):
@@ -114,13 +120,16 @@ def check_checkpoint(
     model = load_model(short.folder, **loading)
     batches = heldout.batches(batch_size, model.device)
     measure = partial(_measure, heldout=heldout, batches=batches, batch_size=batch_size, quiet=quiet)
+    write = partial(_write, trust_remote_code=loading.get("trust_remote_code", False))
     after = measure(model, "shortened")
+    written = {"healed" if healed else "shortened": write(model, short.folder, after) if samples else []}
     logits = logits_of(model, first_tokens(batches))
     del model
     difference, before = None, None
     if base is not None:
         original = load_model(base[0].folder, **loading)
         before = measure(original, "base")
+        written = {"base": write(original, base[0].folder, before) if samples else [], **written}
         put_healed(original, short, base[1], healed)
         difference = compare_logits(logits, original, base[1], first_tokens(batches))
     values = (after, before)
@@ -135,6 +144,7 @@ def check_checkpoint(
         logit_difference=difference,
         passed_by=base is not None and bool(base[1].blocks("last-token")),
         healed=healed,
+        samples=pair_samples(heldout, written) if samples else (),
     )
 
 
@@ -145,6 +155,11 @@ def _measure(
     if isinstance(heldout, Pictures):
         return answer(model, heldout, batch_size, f"answers, {what}", quiet=quiet)
     return perplexity(model, track(batches, f"perplexity, {what}", quiet=quiet))
+
+
+def _write(model: Model, folder: Path, measured: Any, **trust: bool) -> Any:
+    """What a live model writes behind the prompts of samples; the answers that it was measured by, where it was."""
+    return measured if isinstance(measured, list) else write_on(model, folder, **trust)
 
 
 def read_healed(folder: Path) -> tuple[str, ...]:

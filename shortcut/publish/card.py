@@ -1,5 +1,6 @@
 """The model card: README.md of the shortened checkpoint."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ _CARD = """\
 
 # {name}, {kept} of {depth} blocks
 
-Of the blocks of {name}, counted from 0, {gone}; {rule}. Every remaining tensor is byte for byte the
+Of the blocks of {name}, counted from 0, {gone}. Every remaining tensor is byte for byte the
 base's; nothing was trained.
 
 ```
@@ -30,10 +31,7 @@ base's; nothing was trained.
 {measured} on {text}.
 
 {picture}```python
-from transformers import {auto}, {reader}
-
-model = {auto}.from_pretrained("path/or/id/of/this/model"{trust})
-{reads} = {reader}.from_pretrained("path/or/id/of/this/model"{reader_trust})
+{code}
 ```
 
 Made by shortcut {version}; `plan.yaml` and `shortcut.json` say how.
@@ -51,8 +49,7 @@ _GONE: dict[Action, str] = {
 
 def format_card(plan: Plan, cut: CutReport, check: CheckReport, *, picture: bool) -> str:
     """The card's text: YAML front matter for the Hub, then Markdown."""
-    on_hub = not Path(plan.base.model).is_absolute()
-    name = plan.base.model if on_hub else Path(plan.base.model).stem
+    name, on_hub = name_base(plan), not Path(plan.base.model).is_absolute()
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["pruned", "layer-pruning", "shortcut"]}
     if on_hub:
         front |= {"base_model": name, "base_model_relation": "finetune"}
@@ -62,25 +59,42 @@ def format_card(plan: Plan, cut: CutReport, check: CheckReport, *, picture: bool
         ["bytes", format_size(cut.bytes_before), format_size(cut.bytes_after)],
         *check.rows,
     ]
-    trust, sees = ", trust_remote_code=True" if plan.needs_code else "", check.answers is not None
-    why = plan.why
-    rule = f"chosen as `{why['select']}`" if "select" in why else "chosen by hand"
-    gone = [text.format(format_blocks(plan.blocks(action))) for action, text in _GONE.items() if plan.blocks(action)]
+    sees = check.answers is not None
     return _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
         name=name,
         kept=len(plan.kept),
         depth=plan.base.blocks,
-        gone=" and ".join(gone),
-        auto="AutoModelForImageTextToText" if sees else "AutoModelForCausalLM",
-        reader="AutoProcessor" if sees else "AutoTokenizer",
-        reads="processor" if sees else "tokenizer",
-        trust=trust,
-        reader_trust=trust if sees else "",
-        rule=rule + (f" by the metric `{why['metric']}`" if "metric" in why else ""),
+        gone=say_what_goes(plan),
+        code=loading_code(plan, "path/or/id/of/this/model", sees=sees),
         table=format_table(["", "base", "shortened"], rows),
         measured="Answers" if sees else "Perplexity",
         text=check.text,
         picture="![scores of the blocks](scores.png)\n\n" if picture else "",
         version=__version__,
     )
+
+
+def name_base(plan: Plan) -> str:
+    """What people call the base: its id on the Hub, or the name of its folder or file."""
+    return Path(plan.base.model).stem if Path(plan.base.model).is_absolute() else plan.base.model
+
+
+def say_what_goes(plan: Plan) -> str:
+    """What happens to which blocks, and how they were chosen; Markdown."""
+    why = plan.why
+    gone = [text.format(format_blocks(plan.blocks(action))) for action, text in _GONE.items() if plan.blocks(action)]
+    rule = f"chosen as `{why['select']}`" if "select" in why else "chosen by hand"
+    return f"{' and '.join(gone)}; {rule}" + (f" by the metric `{why['metric']}`" if "metric" in why else "")
+
+
+def loading_code(plan: Plan, place: str, *, sees: bool) -> str:
+    """The Python that loads the result with transformers; sees: whether it is asked about images."""
+    auto, reader = ("ImageTextToText", "AutoProcessor") if sees else ("CausalLM", "AutoTokenizer")
+    trust = ", trust_remote_code=True" if plan.needs_code else ""
+    quoted = json.dumps(place, ensure_ascii=False)
+    return f"""\
+from transformers import AutoModelFor{auto}, {reader}
+
+model = AutoModelFor{auto}.from_pretrained({quoted}{trust})
+{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained({quoted}{trust if sees else ""})"""

@@ -42,7 +42,7 @@ def draw_scores(scores: Scores, path: Path, actions: Sequence[Action] = ()) -> N
     for place, row in enumerate(rows):
         for column, (name, action) in enumerate(row):
             axes = figure.add_subplot(grid[place, column if len(row) == columns else slice(None)])
-            gone = {block for block, own in enumerate(actions) if _goes(action, own)}
+            gone = {block for block, own in enumerate(actions) if goes(action, own)}
             if _is_map(scores, name, action):
                 _draw_map(axes, scores, name, gone)
             else:
@@ -50,7 +50,7 @@ def draw_scores(scores: Scores, path: Path, actions: Sequence[Action] = ()) -> N
     _save(figure, path)
 
 
-def _goes(part: Action, own: Action) -> bool:
+def goes(part: Action, own: Action) -> bool:
     """Whether what goes by the first action goes by the second as well."""
     return own == part or bool(GONE[part] and GONE[part] <= GONE[own])
 

@@ -16,6 +16,7 @@ from shortcut.errors import ShortcutError
 from shortcut.modeling.hollowing import Hollowing, can_be_hollow, hollowing_of
 from shortcut.records.actions import GONE, Action
 from shortcut.records.blocks import format_blocks
+from shortcut.records.plan import Plan
 from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.tensors import FLOATS, Tensor
 from shortcut.text import format_count
@@ -71,6 +72,16 @@ def _saving(checkpoint: Checkpoint, number: int, action: Action, hollowing: Holl
         prefill=linear + (2 * queries * (CONTEXT + 1) if attends else 0),
         decode=linear + (4 * queries * (CONTEXT + 1) if attends else 0),
     )
+
+
+def cache_per_token(checkpoint: Checkpoint, plan: Plan) -> int | None:
+    """Bytes of keys and values that a token leaves in the cache, of a base under a plan; None where nobody can tell."""
+    sizes = [
+        savings(checkpoint, number)[0].cache
+        for number, action in enumerate(plan.actions)
+        if action != "drop" and ("attention" not in GONE[action] or plan.format == "zeroed")
+    ]
+    return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 @dataclass(frozen=True)
