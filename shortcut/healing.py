@@ -1,14 +1,14 @@
 """Healing a shortened checkpoint: what was lost is won back in part, and how much of it is measured."""
 
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from shortcut import runs
+from shortcut.arguments import spell_out
 from shortcut.commands import read_record
 from shortcut.errors import ShortcutError
 from shortcut.presets import HEAL_PRESETS, HealPresetName, with_presets
@@ -21,63 +21,15 @@ from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import Checkpoint, read_checkpoint, read_json
 from shortcut.surgery.cut import write_checkpoint, write_json
 from shortcut.surgery.stage import RECORD, check_target, staged
-from shortcut.text import format_count, format_size, format_table
 from shortcut.tuning import Patient, Step, Tuning, train_checkpoint
 
 if TYPE_CHECKING:
     from shortcut.checking.choices import Choice
-    from shortcut.checking.verify import CheckReport
-    from shortcut.checking.worth import Worth
+    from shortcut.publish.healed import HealReport
     from shortcut.scoring.pictures import Material
 
-BESIDE = ("plan.yaml", "scores.json", "scores.png")  # of what a checkpoint carries, what still holds
 SAMPLES = {"fit": 64, "train": 2048}  # sequences, where --samples does not say
 HELDOUT_SAMPLES = {"text": 16, "images": 64}
-
-
-@dataclass(frozen=True)
-class HealReport:
-    """What healing did, and what base, shortened and healed model are worth on text that chose nothing.
-
-    parameters, bytes: of the base and of the healed model, which is as large as the shortened one.
-    """
-
-    out: str
-    methods: tuple[Method, ...]
-    changes: tuple[str, ...]
-    parameters: tuple[int, int]
-    bytes: tuple[int, int]
-    cut: "CheckReport"
-    check: "CheckReport"
-    worth: "Worth"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for --json."""
-        found = {"out": self.out, "methods": list(self.methods), "changes": list(self.changes)}
-        sizes = {"parameters": list(self.parameters), "bytes": list(self.bytes)}
-        return {**found, **sizes, "cut": self.cut.to_dict(), "check": self.check.to_dict(), **self.worth.to_dict()}
-
-    def __str__(self) -> str:
-        rows: list[list[object]] = [
-            [name, before, was, now]
-            for (name, _, was), (_, before, now) in zip(self.cut.rows, self.check.rows, strict=True)
-        ]
-        rows += self.worth.rows
-        for name, (before, after), form in (
-            ("parameters", self.parameters, format_count),
-            ("bytes", self.bytes, format_size),
-        ):
-            rows.append([name, form(before), form(after), form(after)])
-        return "\n".join(
-            [
-                f"wrote {self.out}, healed by {', then '.join(self.methods)}",
-                *self.changes,
-                "",
-                format_table(["", "base", "cut", "healed"], rows),
-                "",
-                str(self.check),
-            ]
-        )
 
 
 @partial(with_presets, presets=HEAL_PRESETS)
@@ -87,7 +39,7 @@ def heal(
     *,
     base: str | None = None,
     method: str = "fold",
-    preset: HealPresetName | None = None,  # noqa: ARG001  (read by the decorator)
+    preset: HealPresetName | None = None,
     minutes: float | None = None,
     tokens: int | None = None,
     epochs: float = 1.0,
@@ -124,7 +76,7 @@ def heal(
     revision: str | None = None,
     trust_remote_code: bool = False,
     quiet: bool = False,
-) -> HealReport:
+) -> "HealReport":
     """Win back some of what shortening cost, and write the healed checkpoint to OUT; SHORT stays as it is.
 
     Without training: fold merges a linear map for every deleted span into weights in front of it, scale a single number
@@ -133,19 +85,18 @@ def heal(
     what is kept, and whether anything is: where nothing was gained, nothing is written. A training that was killed goes
     on when the command is given again. OUT is there only if it loads, and is the base with these weights in it.
     """
+    given = dict(locals())
     from shortcut.checking.choices import read_choices
     from shortcut.live import pick_device, pick_dtype
+    from shortcut.publish.healed import describe_healed
 
-    methods, folder, target = _parse_methods(method), Path(short), Path(out)
+    methods, folder, target = _parse_methods(method, keep_adapter=keep_adapter), Path(short), Path(out)
     training: dict[str, Any] = {"minutes": minutes, "tokens": tokens, "epochs": epochs, "learning_rate": learning_rate}
     training |= {"rank": rank, "alpha": alpha, "dropout": dropout, "tune": tune, "full": full, "bf16": bf16}
     training |= {"temperature": temperature, "match": match, "top_k": top_k, "accumulate": accumulate, "seed": seed}
     training |= {"batch_size": batch_size, "patience": patience, "gradient_checkpointing": gradient_checkpointing}
-    training |= {"keep_adapter": keep_adapter}
-    tuning = Tuning(distill="distill" in methods, **training)
+    tuning = Tuning(distill="distill" in methods, keep_adapter=keep_adapter, **training)
     tuning.check()
-    if keep_adapter and set(methods) & set(FITTED):
-        raise ShortcutError(f"--keep-adapter is for {' and '.join(TRAINED)} alone: heal by {methods[0]} first")
     cut, plan = _read_short(folder, methods)
     check_target(target, overwrite=overwrite, base=folder)
     pick_dtype(dtype, pick_device(device))
@@ -171,13 +122,14 @@ def heal(
     if not is_writer():
         raise SystemExit  # the others have done their part
     with staged(target, overwrite=overwrite, base=folder, size=cut.size) as stage:
-        healed = _write(patient, steps, stage)
-        report = _report(patient, steps, replace(healed, name=str(out)), unseen, asked, timed=not offload)
+        healed = replace(_write(patient, steps, stage), name=str(out))
+        report = _report(patient, steps, healed, unseen, asked, timed=not offload)
+        describe_healed(stage, original, plan, cut, healed, report, spell_out(heal, given))
     steps[-1].forget()
     return report
 
 
-def _parse_methods(text: str) -> tuple[Method, ...]:
+def _parse_methods(text: str, *, keep_adapter: bool) -> tuple[Method, ...]:
     """Read "fold,distill": one that is fitted, one that is trained, or the one and then the other."""
     known: tuple[Method, ...] = (*FITTED, *TRAINED)
     methods = tuple(name for word in text.split(",") for name in known if name == word.strip())
@@ -190,6 +142,8 @@ def _parse_methods(text: str) -> tuple[Method, ...]:
         raise ShortcutError(
             f"--method {text}: one of {', '.join(FITTED)}, then one of {', '.join(TRAINED)}, or one alone"
         )
+    if keep_adapter and "fit" in kinds:
+        raise ShortcutError(f"--keep-adapter is for {' and '.join(TRAINED)} alone: heal by {methods[0]} first")
     if "fit" in kinds and are_several():
         raise ShortcutError(f"{methods[0]} runs in one process: heal by it first, and train what it gave in several")
     return methods
@@ -250,9 +204,6 @@ def _write(patient: Patient, steps: Sequence[Step], folder: Path) -> Checkpoint:
     tensors = sorted({*before["tensors"], *changed})
     healed = {"steps": [*before["steps"], *(step.record for step in steps)], "tensors": tensors}
     write_json(folder / RECORD, {**record, "healed": healed})
-    for name in BESIDE:
-        if (cut.folder / name).exists():
-            shutil.copyfile(cut.folder / name, folder / name)
     if (adapter := steps[-1].adapter) is not None:
         adapter.save(folder / "adapter")
     return written
@@ -266,15 +217,17 @@ def _report(
     questions: "Sequence[Choice]",
     *,
     timed: bool,
-) -> HealReport:
+) -> "HealReport":
     """Check the healed checkpoint against the base, and measure what both and the shortened one are worth."""
     from shortcut.checking.verify import check_checkpoint
     from shortcut.checking.worth import measure_worth
+    from shortcut.publish.healed import HealReport
 
     cut, base = patient.cut, patient.base
     how: dict[str, Any] = {"batch_size": patient.batch_size, "quiet": patient.quiet, **patient.loading}
     before = check_checkpoint(cut, None, unseen, **how)
-    check = check_checkpoint(healed, (base, patient.plan), unseen, **how)
+    check = check_checkpoint(healed, (base, patient.plan), unseen, samples=True, **how)
+    folders = {"base": base.folder, "cut": cut.folder, "healed": healed.folder}
     return HealReport(
         out=healed.name,
         methods=tuple(step.record["method"] for step in steps),
@@ -283,5 +236,5 @@ def _report(
         bytes=(base.size, cut.size),
         cut=before,
         check=check,
-        worth=measure_worth([base.folder, cut.folder, healed.folder], questions, timed=timed, **how),
+        worth=measure_worth(folders, questions, timed=timed, **how),
     )

@@ -26,7 +26,7 @@ from shortcut.publish.card import loading_code, name_base, say_what_goes
 from shortcut.publish.plots import TITLES, goes
 from shortcut.records.actions import Action
 from shortcut.records.plan import Plan, format_plan
-from shortcut.records.scores import Scores, format_scores, read_scores
+from shortcut.records.scores import Scores
 from shortcut.scoring.metrics import METRICS
 from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.savings import cache_per_token, prefill
@@ -44,6 +44,9 @@ _FORMS: dict[str, Any] = {
     "largest difference of logits": "{:.3g}".format,
     "right answers": "{:.1%}".format,
     "answers like the base's": "{:.1%}".format,
+    "questions right": "{:.1%}".format,
+    "prompt tokens/s": "{:.0f}".format,
+    "new tokens/s": "{:.1f}".format,
 }
 _NOTES = {
     "KV cache per token": "in half precision",
@@ -122,36 +125,6 @@ def make_report(
         "made": _surroundings(),
     }
     return Report(plan, scores, trials, columns, check.samples, how)
-
-
-def report_healed(
-    folder: Path,
-    base: Checkpoint,
-    plan: Plan,
-    cut: Checkpoint,
-    healed: Checkpoint,
-    check: CheckReport,
-    *,
-    perplexity_cut: float | None = None,
-    changes: Sequence[str] = (),
-    command: str = "",
-) -> Report:
-    """Write the page of a healed checkpoint into its folder: base, cut and healed, with the scores that the cut kept.
-
-    changes: what healing did, a line each. Beside it go plan and scores, as `prune` leaves them. Raises ShortcutError
-    where a file cannot be written.
-    """
-    kept = cut.folder / "scores.json"
-    scores = read_scores(kept) if kept.exists() else None
-    made = {"cut": cut, "healed": healed}
-    report = make_report(base, plan, made, check, scores=scores, command=command, changes=changes)
-    if perplexity_cut is not None:
-        report = report.measured({"cut": {"perplexity": perplexity_cut}})
-    write_text(folder / "plan.yaml", format_plan(plan))
-    if scores is not None:
-        write_text(folder / "scores.json", format_scores(scores))
-    write_report(folder / "report.html", report)
-    return report
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -293,7 +266,7 @@ def _table(report: Report) -> list[dict[str, Any]]:
         texts = ["" if value is None else value if isinstance(value, str) else form(value) for value in values]
         change, (first, last) = "", (values[0], values[-1])
         if isinstance(first, int | float) and isinstance(last, int | float) and first != last and first:
-            points = name == "right answers"
+            points = name in ("right answers", "questions right")
             change = f"{100 * (last - first):+.1f} points" if points else f"{last / first - 1:+.1%}"
         rows.append({"name": name, "note": _NOTES.get(name, ""), "texts": texts, "change": change.replace("-", "−")})
     return rows
