@@ -23,7 +23,7 @@ from typing import Any, NoReturn, get_args
 
 import fire
 
-from shortcut import __version__, commands, demos, freezing, healing, measure, recipes, road, talk
+from shortcut import __version__, commands, demos, freezing, healing, measure, pushing, recipes, road, talk
 from shortcut.arguments import Option, UsageError, bind, options_of
 from shortcut.errors import ShortcutError
 from shortcut.option_help import OPTION_HELP
@@ -41,6 +41,7 @@ COMMANDS: dict[str, Command] = {
         freezing.freeze,
         measure.check,
         healing.heal,
+        pushing.push,
         talk.chat,
         measure.sweep,
         commands.diff,

@@ -10,11 +10,12 @@ from shortcut.choose.rules import parse_rules
 from shortcut.presets import PresetName, with_presets
 from shortcut.progress import byte_bar, say
 from shortcut.records.actions import parse_actions
-from shortcut.records.plan import Format, format_plan
+from shortcut.records.plan import Format, Plan, format_plan
 from shortcut.records.scores import Average, Scores, format_scores
 from shortcut.scoring.documents import Source
 from shortcut.selection import Request, select_plan
 from shortcut.sources import open_model
+from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.config import check_family
 from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
 from shortcut.surgery.hollow import check_freezes
@@ -132,21 +133,18 @@ def prune(
         say("checking: keys, tensors, logits, and what it is worth, before and after", quiet=quiet)
         short, compared = replace(short, name=str(out)), (base, plan)
         checked = check_checkpoint(short, compared, unseen, batch_size=batch_size, quiet=quiet, **loading)
-        report = PruneReport(scores, trials, cut, checked)
-        _describe(folder, report)
-    return report
+        _describe(short, base, plan, scores, checked)
+    return PruneReport(scores, trials, cut, checked)
 
 
-def _describe(folder: Path, report: PruneReport) -> None:
+def _describe(short: Checkpoint, base: Checkpoint, plan: Plan, scores: Scores | None, check: "CheckReport") -> None:
     """Write beside the weights how they came about: plan, scores, picture where matplotlib is there, model card."""
-    from shortcut.publish.card import format_card
+    from shortcut.publish.card import CARD, format_card
     from shortcut.publish.plots import draw_scores
 
-    plan = report.cut.plan
-    write_text(folder / "plan.yaml", format_plan(plan))
-    picture = report.scores is not None and importlib.util.find_spec("matplotlib") is not None
-    if report.scores is not None:
-        write_text(folder / "scores.json", format_scores(report.scores))
-        if picture:
-            draw_scores(report.scores, folder / "scores.png", plan.actions)
-    write_text(folder / "README.md", format_card(plan, report.cut, report.check, picture=picture))
+    write_text(short.folder / "plan.yaml", format_plan(plan))
+    if scores is not None:
+        write_text(short.folder / "scores.json", format_scores(scores))
+        if importlib.util.find_spec("matplotlib") is not None:
+            draw_scores(scores, short.folder / "scores.png", plan.actions)
+    write_text(short.folder / CARD, format_card(short, base, plan, check))

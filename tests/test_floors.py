@@ -23,7 +23,7 @@ FLOORS = [
     {"sources"},
     {"commands", "talk"},
     {"runs"},
-    {"measure", "selection", "healing"},
+    {"measure", "selection", "healing", "pushing"},
     {"road"},
     {"recipes", "freezing"},
     {"demos"},

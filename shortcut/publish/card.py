@@ -1,44 +1,60 @@
-"""The model card: README.md of the shortened checkpoint."""
+"""The model card: README.md of the shortened checkpoint, from its own record and what the check measured."""
 
+import hashlib
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
 
 from shortcut import __version__
 from shortcut.checking.verify import CheckReport
-from shortcut.records.actions import Action
+from shortcut.errors import ShortcutError
+from shortcut.live import auto_class
+from shortcut.records.actions import LISTED, Action
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import Plan
-from shortcut.surgery.cut import CutReport
+from shortcut.surgery.checkpoint import Checkpoint, read_json
+from shortcut.surgery.stage import RECORD
 from shortcut.text import format_count, format_size, format_table
 
-_CARD = """\
----
-{front}
----
+CARD = "README.md"
+PLACEHOLDER = "path/or/id/of/this/model"
+_BODY = """\
 
 # {name}, {kept} of {depth} blocks
 
-Of the blocks of {name}, counted from 0, {gone}; {rule}. Every remaining tensor is byte for byte the
-base's; nothing was trained.
+Of the blocks of {link}, counted from 0, {gone}; {rule}.
+{rest}
 
 ```
 {table}
 ```
 
 {measured} on {text}.
+It loads without a missing or unexpected key.
+Its logits differ from those of the base, with the same done to its blocks in memory{healed}, by {difference} at most.
 
 {picture}```python
 from transformers import {auto}, {reader}
 
-model = {auto}.from_pretrained("path/or/id/of/this/model"{trust})
-{reads} = {reader}.from_pretrained("path/or/id/of/this/model"{reader_trust})
+model = {auto}.from_pretrained("{place}"{trust})
+{reads} = {reader}.from_pretrained("{place}"{reader_trust})
 ```
 
-Made by shortcut {version}; `plan.yaml` and `shortcut.json` say how.
-"""
+The same cut again:
 
+```sh
+{command}
+```
+
+Made by shortcut {version}; {records} what was done and why.
+"""
+_MARK = "<!-- shortcut wrote the text above: {} -->\n"
+_FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+_CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
 _GONE: dict[Action, str] = {
     "drop": "{} are deleted",
@@ -49,38 +65,161 @@ _GONE: dict[Action, str] = {
 }
 
 
-def format_card(plan: Plan, cut: CutReport, check: CheckReport, *, picture: bool) -> str:
-    """The card's text: YAML front matter for the Hub, then Markdown."""
-    on_hub = not Path(plan.base.model).is_absolute()
-    name = plan.base.model if on_hub else Path(plan.base.model).stem
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["pruned", "layer-pruning", "shortcut"]}
-    if on_hub:
-        front |= {"base_model": name, "base_model_relation": "finetune"}
+def format_card(short: Checkpoint, base: Checkpoint, plan: Plan, check: CheckReport, place: str = PLACEHOLDER) -> str:
+    """The card's text: YAML front matter for the Hub, then Markdown, then a mark by which changes by hand are known.
+
+    place: where the checkpoint will be loaded from, such as its id on the Hub.
+    """
+    front = yaml.safe_dump(_front(short, base), sort_keys=False, allow_unicode=True)
+    body = _body(short, base, plan, check, place)
+    return f"---\n{front}---\n{body}{_MARK.format(_digest(body))}"
+
+
+def complete_card(own: str, written: str, place: str) -> str:
+    """A card that somebody may have changed, brought up to date with one that `format_card` just wrote.
+
+    Entries of the front matter that are there stay as they are, and missing ones are added. The text below is replaced
+    where it is what shortcut wrote; what a person wrote stays. Raises ShortcutError for front matter that is no YAML.
+    """
+    front, body = _split(own)
+    new_front, new_body = _split(written)
+    there, offered = _entries(front), _entries(new_front)
+    other = there.get("license", offered.get("license")) != offered.get("license")  # its name and link go with it
+    missing = {k: v for k, v in offered.items() if k not in there and not (other and k.startswith("license"))}
+    if missing:
+        front = f"{front.rstrip()}\n".lstrip("\n") + yaml.safe_dump(missing, sort_keys=False, allow_unicode=True)
+    text, _, mark = body.rpartition("<!-- ")
+    untouched = not body.strip() or f"<!-- {mark}" == _MARK.format(_digest(text))
+    return f"---\n{front}---\n{new_body if untouched else body.replace(PLACEHOLDER, place)}"
+
+
+def hub_base(short: Checkpoint, base: Checkpoint) -> str | None:
+    """The id of the model on the Hub that a checkpoint comes from, by way of others where it was cut twice."""
+    record = read_json(short.folder / RECORD)
+    before = [Plan.from_dict(plan, RECORD).base for plan in record.get("lineage", [])]
+    return next((origin.model for origin in (base.base, *reversed(before)) if origin.on_hub), None)
+
+
+def _front(short: Checkpoint, base: Checkpoint) -> dict[str, Any]:
+    """What the Hub reads: where the model comes from, and what holds for it as it held for the base."""
+    readme, origin = base.folder / CARD, hub_base(short, base)
+    known = (
+        _entries(_split(readme.read_text(encoding="utf-8", errors="replace"))[0], damaged={}) if readme.exists() else {}
+    )
+    front = {key: known[key] for key in _CARRIED if known.get(key)}
+    link = front.get("license_link")
+    if isinstance(link, str) and "://" not in link and origin is not None and not (short.folder / link).exists():
+        front["license_link"] = f"{_address(origin)}/blob/{base.revision or 'main'}/{link}"
+    front.setdefault("pipeline_tag", "image-text-to-text" if _sees(short) else "text-generation")
+    front |= {"library_name": "transformers", "tags": ["pruned", "layer-pruning", "shortcut"]}
+    if origin is not None:
+        front |= {"base_model": origin, "base_model_relation": "finetune"}  # of the four that the Hub knows
+    return front
+
+
+def _body(short: Checkpoint, base: Checkpoint, plan: Plan, check: CheckReport, place: str) -> str:
+    name, why, processor = base.base.title, plan.why, _has_processor(short)
     rows: list[list[object]] = [
         ["blocks", plan.base.blocks, len(plan.kept)],
-        ["parameters", format_count(cut.parameters_before), format_count(cut.parameters_after)],
-        ["bytes", format_size(cut.bytes_before), format_size(cut.bytes_after)],
+        ["parameters", format_count(base.parameters), format_count(short.parameters)],
+        ["bytes", format_size(base.size), format_size(short.size)],
         *check.rows,
     ]
-    trust, sees = ", trust_remote_code=True" if plan.needs_code else "", check.answers is not None
-    why = plan.why
+    trust = ", trust_remote_code=True" if "auto_map" in short.config else ""
     rule = f"chosen as `{why['select']}`" if "select" in why else "chosen by hand"
     gone = [text.format(format_blocks(plan.blocks(action))) for action, text in _GONE.items() if plan.blocks(action)]
-    return _CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False).strip(),
+    records = [file for file in ("plan.yaml", "scores.json", RECORD) if (short.folder / file).exists()]
+    return _BODY.format(
         name=name,
+        link=f"[{name}]({_address(name)})" if base.base.on_hub else name,
         kept=len(plan.kept),
         depth=plan.base.blocks,
         gone=" and ".join(gone),
-        auto="AutoModelForImageTextToText" if sees else "AutoModelForCausalLM",
-        reader="AutoProcessor" if sees else "AutoTokenizer",
-        reads="processor" if sees else "tokenizer",
-        trust=trust,
-        reader_trust=trust if sees else "",
         rule=rule + (f" by the metric `{why['metric']}`" if "metric" in why else ""),
+        rest=_rest(short, check),
         table=format_table(["", "base", "shortened"], rows),
-        measured="Answers" if sees else "Perplexity",
+        measured="Perplexity" if check.answers is None else "Answers",
         text=check.text,
-        picture="![scores of the blocks](scores.png)\n\n" if picture else "",
+        healed=" and the healed weights in it" if check.healed else "",
+        difference=format(check.logit_difference or 0, ".3g"),
+        picture="![scores of the blocks](scores.png)\n\n" if (short.folder / "scores.png").exists() else "",
+        auto=_auto(short),
+        reader="AutoProcessor" if processor else "AutoTokenizer",
+        reads="processor" if processor else "tokenizer",
+        place=place,
+        trust=trust,
+        reader_trust=trust if processor or _has_own_tokenizer(short.folder) else "",
+        command=_command(base, plan),
         version=__version__,
+        records=", ".join(f"[{file}]({file})" for file in records) + (" say" if len(records) > 1 else " says"),
     )
+
+
+def _rest(short: Checkpoint, check: CheckReport) -> str:
+    """What became of the tensors that are left."""
+    if not check.healed:
+        return "Every remaining tensor is byte for byte the base's; nothing was trained."
+    healed = read_json(short.folder / RECORD)["healed"]
+    how = f" by `{healed['method']}`" if isinstance(healed.get("method"), str) else ""
+    return f"Then it was healed{how}: {len(check.healed)} tensors have new values, and every other one is the base's."
+
+
+def _command(base: Checkpoint, plan: Plan) -> str:
+    """The command line that cuts the same blocks from the same base."""
+    words = [f"shortcut cut {base.base.title} OUT"]
+    words += [f"--{action} {format_blocks(plan.blocks(action))}" for action in LISTED if plan.blocks(action)]
+    words += [f"--format {plan.format}"] if plan.format != "custom" else []
+    words += [f"--revision {base.revision}"] if base.revision is not None else []
+    words += ["--trust-remote-code"] if "auto_map" in base.config else []
+    return " ".join(words)
+
+
+def _auto(short: Checkpoint) -> str:
+    fields: dict[str, Any] = {"auto_map": None, "architectures": None, **short.config}
+    return str(auto_class(SimpleNamespace(**fields)).__name__)
+
+
+def _sees(short: Checkpoint) -> bool:
+    return _auto(short) != "AutoModelForCausalLM"
+
+
+def _has_processor(short: Checkpoint) -> bool:
+    files = ("processor_config.json", "preprocessor_config.json")
+    return _sees(short) and any((short.folder / file).exists() for file in files)
+
+
+def _has_own_tokenizer(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    return path.exists() and "auto_map" in read_json(path)
+
+
+def _address(name: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{name}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _split(card: str) -> tuple[str, str]:
+    """The YAML of a card's front matter, and the text below it."""
+    match = _FRONT.match(card)
+    return (match[1], card[match.end() :]) if match else ("", card)
+
+
+def _entries(front: str, damaged: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    """The entries of front matter, all as text: to YAML 1.1, the language `no` is a way to say false.
+
+    damaged: what is made of front matter that is no YAML. Raises ShortcutError without it.
+    """
+    try:
+        entries = yaml.load(front, Loader=yaml.BaseLoader) or {}  # makes text, lists and mappings alone
+    except yaml.YAMLError:
+        entries = None
+    if isinstance(entries, dict):
+        return entries
+    if damaged is None:
+        raise ShortcutError(f"the front matter of {CARD} is not YAML that the Hub reads: mend it, or remove {CARD}")
+    return damaged
