@@ -146,6 +146,19 @@ def test_pushed_loaded_and_cut_again(
         assert difference.only_one == difference.differing == ()
 
 
+def test_halves_and_a_base_elsewhere(hub: Hub, tmp_path: Path) -> None:
+    """Blocks that lost a half bring their modeling file and say how to load it; a copy of the base checks them too."""
+    shortcut.cut("org/tiny", tmp_path / "half", drop="1", attention_only="3", quiet=True)
+    shortcut.push(tmp_path / "half", "org/half", **FEW)
+    text = read_card(hub.repositories["org/half"] / "README.md")[1]
+    assert (hub.repositories["org/half"] / "modeling_hollow.py").exists()
+    assert 'AutoModelForCausalLM.from_pretrained("org/half", trust_remote_code=True)' in text
+    assert f"\nshortcut cut org/tiny OUT --drop 1 --attention-only 3 --revision {SHA}\n" in text
+    assert "1 are deleted and 3 have lost their MLP (`attention-only`); chosen by hand." in text
+    copy = hub.repositories["org/tiny"]
+    assert shortcut.check(tmp_path / "half", base=str(copy), **FEW).logit_difference == 0
+
+
 def test_an_interrupted_push_goes_on(hub: Hub, short: Path) -> None:
     """A Hub that fails in the middle has no half a model, and gets what it lacks, once; a third push sends nothing."""
     sizes = [path.stat().st_size for path in short.glob("*.safetensors")]
