@@ -1,6 +1,6 @@
 """Sharing a shortened checkpoint on the Hugging Face Hub, verified once more and with a card that says what it is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +9,10 @@ from shortcut.commands import read_record
 from shortcut.errors import ShortcutError
 from shortcut.progress import say
 from shortcut.publish.push import Pushed, check_way, files_to_push, records_to_push, upload
+from shortcut.records.plan import Plan
 from shortcut.scoring.documents import Source
 from shortcut.sources import open_model
-from shortcut.surgery.checkpoint import read_checkpoint
+from shortcut.surgery.checkpoint import Checkpoint, read_checkpoint
 from shortcut.surgery.stage import RECORD
 from shortcut.text import format_size
 
@@ -75,7 +76,7 @@ def push(
     `hf auth login` or HF_TOKEN. A push that was interrupted goes on when it is started again.
     """
     from shortcut.checking.verify import check_checkpoint
-    from shortcut.publish.card import CARD, complete_card, format_card
+    from shortcut.publish.card import CARD, complete_card, format_card, read_own_card
 
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -86,9 +87,9 @@ def push(
     if plan is None:
         raise ShortcutError(f"{folder} has no record ({RECORD}) of what was cut: push is for what shortcut wrote")
     files, left_out = files_to_push(short)
-    own = (folder / CARD).read_text(encoding="utf-8") if CARD in files else ""
+    own = read_own_card(folder)
     exists = check_way(repository, private=private, create_pr=create_pr)
-    original = open_model(base or plan.base.model, None if base else plan.base.revision, quiet=quiet)
+    original = _open_base(plan, base, quiet=quiet)
     text: dict[str, Any] = {"length": length, "seed": 0, "images": bool(plan.frozen)}
     source = Source(data, split, column, chat_template)
     heldout = runs.take_text(short, source, samples, trust_remote_code=trust_remote_code, **text)
@@ -105,3 +106,11 @@ def push(
     to = upload(repository, going, message, exists=exists, quiet=quiet, **where)
     sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in going.items()}
     return PushReport(repository, to, tuple(sorted(sizes.items())), left_out, checked)
+
+
+def _open_base(plan: Plan, base: str | None, *, quiet: bool) -> Checkpoint:
+    """The base to compare with. A copy in a folder, once it was compared, is as good as the model that a plan names."""
+    opened = open_model(base or plan.base.model, None if base else plan.base.revision, quiet=quiet)
+    if plan.base.on_hub and not opened.base.on_hub:
+        return replace(opened, name=plan.base.model, revision=plan.base.revision)
+    return opened

@@ -41,6 +41,7 @@ class Hub:
     private: set[str] = field(default_factory=set)
     branches: set[str] = field(default_factory=lambda: {"main"})
     commits: list[dict[str, Any]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def weight_bytes(self) -> int:
         """Bytes of weight files sent so far."""
@@ -186,11 +187,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self._send_json({"transfer": "basic", "objects": objects})
 
         def _receive(self, oid: str) -> None:
-            if hub.accepts is not None and len(hub.objects) >= hub.accepts:
-                return self._send(507, b"the disk is full", {})
             assert _oid(self.body, large=True) == oid
-            hub.objects[oid] = self.body
-            hub.sent.append(len(self.body))
+            with hub.lock:  # several come at once
+                if hub.accepts is not None and len(hub.sent) >= hub.accepts:
+                    return self._send(507, b"the disk is full", {})
+                hub.objects[oid] = self.body
+                hub.sent.append(len(self.body))
             return self._send(200, b"", {})
 
         def _commit(self, repository: str, branch: str) -> None:

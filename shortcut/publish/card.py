@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,16 @@ def format_card(short: Checkpoint, base: Checkpoint, plan: Plan, check: CheckRep
     return f"---\n{front}---\n{body}{_MARK.format(_digest(body))}"
 
 
+def read_own_card(folder: Path) -> str:
+    """The card that a checkpoint has, or nothing. Raises ShortcutError for one that is no text."""
+    try:
+        return (folder / CARD).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShortcutError(f"cannot read {folder / CARD}: {error}") from None
+
+
 def complete_card(own: str, written: str, place: str) -> str:
     """A card that somebody may have changed, brought up to date with one that `format_card` just wrote.
 
@@ -102,10 +113,7 @@ def hub_base(short: Checkpoint, base: Checkpoint) -> str | None:
 
 def _front(short: Checkpoint, base: Checkpoint) -> dict[str, Any]:
     """What the Hub reads: where the model comes from, and what holds for it as it held for the base."""
-    readme, origin = base.folder / CARD, hub_base(short, base)
-    known = (
-        _entries(_split(readme.read_text(encoding="utf-8", errors="replace"))[0], damaged={}) if readme.exists() else {}
-    )
+    known, origin = _entries_of_base(base.folder), hub_base(short, base)
     front = {key: known[key] for key in _CARRIED if known.get(key)}
     link = front.get("license_link")
     if isinstance(link, str) and "://" not in link and origin is not None and not (short.folder / link).exists():
@@ -166,7 +174,7 @@ def _rest(short: Checkpoint, check: CheckReport) -> str:
 
 def _command(base: Checkpoint, plan: Plan) -> str:
     """The command line that cuts the same blocks from the same base."""
-    words = [f"shortcut cut {base.base.title} OUT"]
+    words = [f"shortcut cut {shlex.quote(base.base.title)} OUT"]
     words += [f"--{action} {format_blocks(plan.blocks(action))}" for action in LISTED if plan.blocks(action)]
     words += [f"--format {plan.format}"] if plan.format != "custom" else []
     words += [f"--revision {base.revision}"] if base.revision is not None else []
@@ -209,17 +217,23 @@ def _split(card: str) -> tuple[str, str]:
     return (match[1], card[match.end() :]) if match else ("", card)
 
 
-def _entries(front: str, damaged: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+def _entries_of_base(folder: Path) -> Mapping[str, Any]:
+    """The front matter of the base's card, where there is one that can be read."""
+    try:
+        return _entries(_split(read_own_card(folder))[0])
+    except ShortcutError:
+        return {}
+
+
+def _entries(front: str) -> Mapping[str, Any]:
     """The entries of front matter, all as text: to YAML 1.1, the language `no` is a way to say false.
 
-    damaged: what is made of front matter that is no YAML. Raises ShortcutError without it.
+    Raises ShortcutError for what is no YAML.
     """
     try:
         entries = yaml.load(front, Loader=yaml.BaseLoader) or {}  # makes text, lists and mappings alone
     except yaml.YAMLError:
         entries = None
-    if isinstance(entries, dict):
-        return entries
-    if damaged is None:
+    if not isinstance(entries, dict):
         raise ShortcutError(f"the front matter of {CARD} is not YAML that the Hub reads: mend it, or remove {CARD}")
-    return damaged
+    return entries
