@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from shortcut.measure import check as check
     from shortcut.measure import score as score
     from shortcut.measure import sweep as sweep
+    from shortcut.pushing import push as push
     from shortcut.recipes import run as run
     from shortcut.records.plan import Plan as Plan
     from shortcut.records.scores import Scores as Scores
@@ -50,6 +51,7 @@ _HOME = {
     "freeze": "shortcut.freezing",
     "heal": "shortcut.healing",
     "prune": "shortcut.road",
+    "push": "shortcut.pushing",
     **dict.fromkeys(("Metric", "add_metric"), "shortcut.scoring.metrics"),
     "Plan": "shortcut.records.plan",
     "Scores": "shortcut.records.scores",

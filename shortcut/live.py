@@ -85,7 +85,7 @@ def load_model(
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-        model, info = _auto_class(config).from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **options
         )
     except LOADING_ERRORS as error:
@@ -132,7 +132,7 @@ def build_empty(content: Mapping[str, Any], code: Path | None = None) -> Model:
             with torch.device("meta"):
                 if code is None and named is not None:
                     return named._from_config(config)
-                return _auto_class(config).from_config(config, trust_remote_code=code is not None)
+                return auto_class(config).from_config(config, trust_remote_code=code is not None)
         except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())[:300]
             raise ShortcutError(f"transformers cannot build this config: {reason}") from None
@@ -158,7 +158,7 @@ def _read_config(folder: Path, code: Path | None) -> Any:
         raise ShortcutError(f"transformers cannot read this config: {reason}") from None
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """The class that loads a checkpoint of this config: what its architecture sees, or else what its family may see."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as WRITING

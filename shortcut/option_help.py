@@ -4,9 +4,9 @@ OPTION_HELP = {
     "model": "what to read: a folder, a Hub id (org/name), or a .gguf file",
     "out": "where to write",
     "scores": "a scores.json of `shortcut score`; or a model, for --drop and --select deepest",
-    "checkpoint": "the folder to check",
+    "checkpoint": "the folder of a checkpoint",
     "recipe": "a YAML file: the options of one command, by name",
-    "revision": "branch, tag or commit of a Hub model",
+    "revision": "branch, tag or commit of a Hub model; for push the branch that it goes to, made where it is missing",
     "metric": "one or more of what `shortcut metrics` lists, with commas",
     "average": "what counts the same in the mean of a metric: tokens, or sequences, however short",
     "preset": "a published method: its options are the defaults, and what is given beside it wins; for freeze, the "
@@ -97,5 +97,8 @@ OPTION_HELP = {
     "shots": "solved examples in front of every question of a task; where this is left out, as the task has it",
     "limit": "how many questions at most, of --questions and of every task",
     "base": "the model that was cut; found by itself in what shortcut wrote",
+    "repository": "the model on the Hub (org/name) to push to, made where it is missing",
+    "private": "make it visible to its owners alone",
+    "create_pr": "propose the upload by a pull request, instead of making it",
     "quiet": "no progress and no messages",
 }

@@ -141,11 +141,10 @@ def prune(
         short, how = replace(short, name=str(out)), {"batch_size": batch_size, "quiet": quiet, **loading}
         checked = check_checkpoint(short, (base, plan), unseen, samples=True, **how)
         made: dict[str, Any] = {"scores": scores, "trials": trials, "command": spell_out(prune, asked)}
-        return _describe(folder, base, short, cut, checked, **made)
+        return _describe(base, short, cut, checked, **made)
 
 
 def _describe(
-    folder: Path,
     base: Checkpoint,
     short: Checkpoint,
     cut: CutReport,
@@ -156,18 +155,17 @@ def _describe(
     command: str,
 ) -> PruneReport:
     """Write beside the weights how they came about: plan, scores, picture where matplotlib is there, card, report."""
-    from shortcut.publish.card import format_card
+    from shortcut.publish.card import CARD, format_card
     from shortcut.publish.plots import draw_scores
     from shortcut.publish.report import make_report, write_report
 
-    plan = cut.plan
+    plan, folder = cut.plan, short.folder
     write_text(folder / "plan.yaml", format_plan(plan))
-    picture = scores is not None and importlib.util.find_spec("matplotlib") is not None
     if scores is not None:
         write_text(folder / "scores.json", format_scores(scores))
-        if picture:
+        if importlib.util.find_spec("matplotlib") is not None:
             draw_scores(scores, folder / "scores.png", plan.actions)
-    write_text(folder / "README.md", format_card(plan, cut, check, picture=picture))
+    write_text(folder / CARD, format_card(short, base, plan, check))
     found: dict[str, Any] = {"scores": scores, "trials": trials, "command": command}
     page = make_report(base, plan, {"shortened": short}, check, **found)
     write_report(folder / "report.html", page)

@@ -23,7 +23,7 @@ FLOORS = [
     {"sources"},
     {"commands", "talk"},
     {"runs"},
-    {"measure", "selection", "tuning", "evaluation"},
+    {"measure", "selection", "tuning", "evaluation", "pushing"},
     {"healing"},
     {"road"},
     {"recipes", "freezing"},

@@ -1,42 +1,59 @@
-"""The model card: README.md of the shortened checkpoint."""
+"""The model card: README.md of the shortened checkpoint, from its own record and what the check measured."""
 
+import hashlib
 import json
+import re
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
 
 from shortcut import __version__
 from shortcut.checking.verify import CheckReport
-from shortcut.records.actions import Action
+from shortcut.errors import ShortcutError
+from shortcut.live import auto_class
+from shortcut.records.actions import LISTED, Action
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import Plan
-from shortcut.surgery.cut import CutReport
+from shortcut.surgery.checkpoint import Checkpoint, read_json
+from shortcut.surgery.stage import RECORD
 from shortcut.text import format_count, format_size, format_table
 
-_CARD = """\
----
-{front}
----
+CARD = "README.md"
+PLACEHOLDER = "path/or/id/of/this/model"
+_BODY = """\
 
 # {name}, {kept} of {depth} blocks
 
-Of the blocks of {name}, counted from 0, {gone}. Every remaining tensor is byte for byte the
-base's; nothing was trained.
+Of the blocks of {link}, counted from 0, {gone}.
+{rest}
 
 ```
 {table}
 ```
 
 {measured} on {text}.
+It loads without a missing or unexpected key.
+Its logits differ from those of the base, with the same done to its blocks in memory{healed}, by {difference} at most.
 
 {picture}```python
 {code}
 ```
 
-Made by shortcut {version}; `plan.yaml` and `shortcut.json` say how.
-"""
+The same cut again:
 
+```sh
+{command}
+```
+
+Made by shortcut {version}; {records} what was done and why.
+"""
+_MARK = "<!-- shortcut wrote the text above: {} -->\n"
+_FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+_CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
 _GONE: dict[Action, str] = {
     "drop": "{} are deleted",
@@ -47,37 +64,92 @@ _GONE: dict[Action, str] = {
 }
 
 
-def format_card(plan: Plan, cut: CutReport, check: CheckReport, *, picture: bool) -> str:
-    """The card's text: YAML front matter for the Hub, then Markdown."""
-    name, on_hub = name_base(plan), not Path(plan.base.model).is_absolute()
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["pruned", "layer-pruning", "shortcut"]}
-    if on_hub:
-        front |= {"base_model": name, "base_model_relation": "finetune"}
+def format_card(short: Checkpoint, base: Checkpoint, plan: Plan, check: CheckReport, place: str = PLACEHOLDER) -> str:
+    """The card's text: YAML front matter for the Hub, then Markdown, then a mark by which changes by hand are known.
+
+    place: where the checkpoint will be loaded from, such as its id on the Hub.
+    """
+    front = yaml.safe_dump(_front(short, base), sort_keys=False, allow_unicode=True)
+    body = _body(short, base, plan, check, place)
+    return f"---\n{front}---\n{body}{_MARK.format(_digest(body))}"
+
+
+def read_own_card(folder: Path) -> str:
+    """The card that a checkpoint has, or nothing. Raises ShortcutError for one that is no text."""
+    try:
+        return (folder / CARD).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShortcutError(f"cannot read {folder / CARD}: {error}") from None
+
+
+def complete_card(own: str, written: str, place: str) -> str:
+    """A card that somebody may have changed, brought up to date with one that `format_card` just wrote.
+
+    Entries of the front matter that are there stay as they are, and missing ones are added. The text below is replaced
+    where it is what shortcut wrote; what a person wrote stays. Raises ShortcutError for front matter that is no YAML.
+    """
+    front, body = _split(own)
+    new_front, new_body = _split(written)
+    there, offered = _entries(front), _entries(new_front)
+    other = there.get("license", offered.get("license")) != offered.get("license")  # its name and link go with it
+    missing = {k: v for k, v in offered.items() if k not in there and not (other and k.startswith("license"))}
+    if missing:
+        front = f"{front.rstrip()}\n".lstrip("\n") + yaml.safe_dump(missing, sort_keys=False, allow_unicode=True)
+    text, _, mark = body.rpartition("<!-- ")
+    untouched = not body.strip() or f"<!-- {mark}" == _MARK.format(_digest(text))
+    return f"---\n{front}---\n{new_body if untouched else body.replace(PLACEHOLDER, place)}"
+
+
+def hub_base(short: Checkpoint, base: Checkpoint) -> str | None:
+    """The id of the model on the Hub that a checkpoint comes from, by way of others where it was cut twice."""
+    record = read_json(short.folder / RECORD)
+    before = [Plan.from_dict(plan, RECORD).base for plan in record.get("lineage", [])]
+    return next((origin.model for origin in (base.base, *reversed(before)) if origin.on_hub), None)
+
+
+def _front(short: Checkpoint, base: Checkpoint) -> dict[str, Any]:
+    """What the Hub reads: where the model comes from, and what holds for it as it held for the base."""
+    known, origin = _entries_of_base(base.folder), hub_base(short, base)
+    front = {key: known[key] for key in _CARRIED if known.get(key)}
+    link = front.get("license_link")
+    if isinstance(link, str) and "://" not in link and origin is not None and not (short.folder / link).exists():
+        front["license_link"] = f"{_address(origin)}/blob/{base.revision or 'main'}/{link}"
+    front.setdefault("pipeline_tag", "image-text-to-text" if _sees(short) else "text-generation")
+    front |= {"library_name": "transformers", "tags": ["pruned", "layer-pruning", "shortcut"]}
+    if origin is not None:
+        front |= {"base_model": origin, "base_model_relation": "finetune"}  # of the four that the Hub knows
+    return front
+
+
+def _body(short: Checkpoint, base: Checkpoint, plan: Plan, check: CheckReport, place: str) -> str:
+    name = base.base.title
     rows: list[list[object]] = [
         ["blocks", plan.base.blocks, len(plan.kept)],
-        ["parameters", format_count(cut.parameters_before), format_count(cut.parameters_after)],
-        ["bytes", format_size(cut.bytes_before), format_size(cut.bytes_after)],
+        ["parameters", format_count(base.parameters), format_count(short.parameters)],
+        ["bytes", format_size(base.size), format_size(short.size)],
         *check.rows,
     ]
-    sees = check.answers is not None
-    return _CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False).strip(),
+    records = [file for file in ("plan.yaml", "scores.json", RECORD) if (short.folder / file).exists()]
+    return _BODY.format(
         name=name,
+        link=f"[{name}]({_address(name)})" if base.base.on_hub else name,
         kept=len(plan.kept),
         depth=plan.base.blocks,
         gone=say_what_goes(plan),
-        code=loading_code(plan, "path/or/id/of/this/model", sees=sees),
+        rest=_rest(short, check),
         table=format_table(["", "base", "shortened"], rows),
-        measured="Answers" if sees else "Perplexity",
+        measured="Perplexity" if check.answers is None else "Answers",
         text=check.text,
-        picture="![scores of the blocks](scores.png)\n\n" if picture else "",
+        healed=" and the healed weights in it" if check.healed else "",
+        difference=format(check.logit_difference or 0, ".3g"),
+        picture="![scores of the blocks](scores.png)\n\n" if (short.folder / "scores.png").exists() else "",
+        code=loading_code(short, place),
+        command=_command(base, plan),
         version=__version__,
+        records=", ".join(f"[{file}]({file})" for file in records) + (" say" if len(records) > 1 else " says"),
     )
-
-
-def name_base(plan: Plan) -> str:
-    """What people call the base: its id on the Hub, or the name of its folder or file."""
-    return Path(plan.base.model).stem if Path(plan.base.model).is_absolute() else plan.base.model
 
 
 def say_what_goes(plan: Plan) -> str:
@@ -88,13 +160,94 @@ def say_what_goes(plan: Plan) -> str:
     return f"{' and '.join(gone)}; {rule}" + (f" by the metric `{why['metric']}`" if "metric" in why else "")
 
 
-def loading_code(plan: Plan, place: str, *, sees: bool) -> str:
-    """The Python that loads the result with transformers; sees: whether it is asked about images."""
-    auto, reader = ("ImageTextToText", "AutoProcessor") if sees else ("CausalLM", "AutoTokenizer")
-    trust = ", trust_remote_code=True" if plan.needs_code else ""
-    quoted = json.dumps(place, ensure_ascii=False)
+def loading_code(short: Checkpoint, place: str) -> str:
+    """The Python that loads a shortened checkpoint with transformers. place: where from, a folder or an id."""
+    auto, quoted = _auto(short), json.dumps(place, ensure_ascii=False)
+    processor = _has_processor(short)
+    reader, trust = "AutoProcessor" if processor else "AutoTokenizer", "auto_map" in short.config
+    trusts = [
+        ", trust_remote_code=True" if each else ""
+        for each in (trust, trust and (processor or _has_own_tokenizer(short.folder)))
+    ]
     return f"""\
-from transformers import AutoModelFor{auto}, {reader}
+from transformers import {auto}, {reader}
 
-model = AutoModelFor{auto}.from_pretrained({quoted}{trust})
-{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained({quoted}{trust if sees else ""})"""
+model = {auto}.from_pretrained({quoted}{trusts[0]})
+{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained({quoted}{trusts[1]})"""
+
+
+def _rest(short: Checkpoint, check: CheckReport) -> str:
+    """What became of the tensors that are left."""
+    if not check.healed:
+        return "Every remaining tensor is byte for byte the base's; nothing was trained."
+    steps = read_json(short.folder / RECORD)["healed"].get("steps", [])
+    how = ", then ".join(f"`{step['method']}`" for step in steps if isinstance(step, dict) and "method" in step)
+    many = len(check.healed)
+    return f"Then it was healed by {how}: {many} tensors have new values, and every other one is the base's."
+
+
+def _command(base: Checkpoint, plan: Plan) -> str:
+    """The command line that cuts the same blocks from the same base."""
+    words = [f"shortcut cut {shlex.quote(base.base.title)} OUT"]
+    words += [f"--{action} {format_blocks(plan.blocks(action))}" for action in LISTED if plan.blocks(action)]
+    words += [f"--format {plan.format}"] if plan.format != "custom" else []
+    words += [f"--revision {base.revision}"] if base.revision is not None else []
+    words += ["--trust-remote-code"] if "auto_map" in base.config else []
+    return " ".join(words)
+
+
+def _auto(short: Checkpoint) -> str:
+    fields: dict[str, Any] = {"auto_map": None, "architectures": None, **short.config}
+    return str(auto_class(SimpleNamespace(**fields)).__name__)
+
+
+def _sees(short: Checkpoint) -> bool:
+    return _auto(short) != "AutoModelForCausalLM"
+
+
+def _has_processor(short: Checkpoint) -> bool:
+    files = ("processor_config.json", "preprocessor_config.json")
+    return _sees(short) and any((short.folder / file).exists() for file in files)
+
+
+def _has_own_tokenizer(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    return path.exists() and "auto_map" in read_json(path)
+
+
+def _address(name: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{name}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _split(card: str) -> tuple[str, str]:
+    """The YAML of a card's front matter, and the text below it."""
+    match = _FRONT.match(card)
+    return (match[1], card[match.end() :]) if match else ("", card)
+
+
+def _entries_of_base(folder: Path) -> Mapping[str, Any]:
+    """The front matter of the base's card, where there is one that can be read."""
+    try:
+        return _entries(_split(read_own_card(folder))[0])
+    except ShortcutError:
+        return {}
+
+
+def _entries(front: str) -> Mapping[str, Any]:
+    """The entries of front matter, all as text: to YAML 1.1, the language `no` is a way to say false.
+
+    Raises ShortcutError for what is no YAML.
+    """
+    try:
+        entries = yaml.load(front, Loader=yaml.BaseLoader) or {}  # makes text, lists and mappings alone
+    except yaml.YAMLError:
+        entries = None
+    if not isinstance(entries, dict):
+        raise ShortcutError(f"the front matter of {CARD} is not YAML that the Hub reads: mend it, or remove {CARD}")
+    return entries

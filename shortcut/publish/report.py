@@ -22,7 +22,7 @@ from shortcut.checking.samples import Sample
 from shortcut.checking.verify import CheckReport
 from shortcut.choose.trials import Trials
 from shortcut.errors import ShortcutError
-from shortcut.publish.card import loading_code, name_base, say_what_goes
+from shortcut.publish.card import loading_code, say_what_goes
 from shortcut.publish.plots import TITLES, goes
 from shortcut.records.actions import Action
 from shortcut.records.plan import Plan, format_plan
@@ -109,7 +109,7 @@ def make_report(
     whole = Plan.dropping(plan.base, ())
     columns: dict[str, dict[str, float | str]] = {"base": _count(base, base, whole)}
     columns |= {name: _count(checkpoint, base, plan) for name, checkpoint in made.items()}
-    own, sees = list(made)[-1], check.answers is not None
+    own = list(made)[-1]
     for column, row, value in _operations(base, plan, own):
         columns[column][row] = value
     for name, before, after in check.rows:  # as text, whatever is measured; what is known as numbers comes next
@@ -119,7 +119,7 @@ def make_report(
         columns[column][row] = value
     how = {
         "command": command,
-        "code": loading_code(plan, check.checkpoint, sees=sees),
+        "code": loading_code(made[own], check.checkpoint),
         "text": check.text,
         "changes": list(changes),
         "made": _surroundings(),
@@ -206,7 +206,7 @@ def _title(report: Report) -> str:
     what = [f"{len(plan.kept)} of {plan.base.blocks} blocks"]
     what += [f"{len(plan.hollow)} of them halved"] if plan.hollow else []
     what += [f"images frozen in {len(plan.frozen)}"] if plan.frozen else []
-    return f"{name_base(plan)}: {', '.join(what)}"
+    return f"{plan.base.title}: {', '.join(what)}"
 
 
 def _lead(report: Report) -> str:

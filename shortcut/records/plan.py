@@ -10,6 +10,7 @@ A plan is the only thing that scoring and surgery share. On disk it is a YAML fi
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,16 @@ class Base:
     model: str
     revision: str | None
     blocks: int
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it is named by its id on the Hub: folders and files are recorded by their whole path."""
+        return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.model) is not None
+
+    @property
+    def title(self) -> str:
+        """What to call it in public: its id on the Hub, or the name of its folder or file without the path to it."""
+        return self.model if self.on_hub else Path(self.model).name.removesuffix(".gguf")
 
 
 @dataclass(frozen=True)
