@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from shortcut import runs
+from shortcut.anatomy import text_config
 from shortcut.arguments import spell_out
 from shortcut.commands import read_record
 from shortcut.errors import ShortcutError
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from shortcut.publish.healed import HealReport
     from shortcut.scoring.pictures import Material
 
-SAMPLES = {"fit": 64, "train": 2048}  # sequences, where --samples does not say
+SAMPLES = (64, 2048)  # sequences to fit, and to train on at most, where --samples does not say
 HELDOUT_SAMPLES = {"text": 16, "images": 64}
 
 
@@ -86,34 +87,28 @@ def heal(
     on when the command is given again. OUT is there only if it loads, and is the base with these weights in it.
     """
     given = dict(locals())
-    from shortcut.checking.choices import read_choices
-    from shortcut.live import pick_device, pick_dtype
     from shortcut.publish.healed import describe_healed
 
-    methods, folder, target = _parse_methods(method, keep_adapter=keep_adapter), Path(short), Path(out)
+    methods, target = check_methods(method, keep_adapter=keep_adapter), Path(out)
     training: dict[str, Any] = {"minutes": minutes, "tokens": tokens, "epochs": epochs, "learning_rate": learning_rate}
     training |= {"rank": rank, "alpha": alpha, "dropout": dropout, "tune": tune, "full": full, "bf16": bf16}
     training |= {"temperature": temperature, "match": match, "top_k": top_k, "accumulate": accumulate, "seed": seed}
     training |= {"batch_size": batch_size, "patience": patience, "gradient_checkpointing": gradient_checkpointing}
     tuning = Tuning(distill="distill" in methods, keep_adapter=keep_adapter, **training)
     tuning.check()
-    cut, plan = _read_short(folder, methods)
-    check_target(target, overwrite=overwrite, base=folder)
-    pick_dtype(dtype, pick_device(device))
-    with writer_first():  # it may have to fetch or convert
-        original = open_model(base or plan.base.model, revision or plan.base.revision, quiet=quiet)
-    loading = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    patient = Patient(cut, original, plan, batch_size, loading, quiet)
+    check_target(target, overwrite=overwrite, base=Path(short))
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    loading = {"device": device, "dtype": dtype, **trust}
+    patient = _admit(Path(short), methods, base, revision, batch_size=batch_size, loading=loading, quiet=quiet)
+    cut, plan = patient.cut, patient.plan
     source = Source(data, split, column, chat_template)
-    take: dict[str, Any] = {"length": length, "by_document": by_document, "images": bool(plan.frozen)}
-    take["trust_remote_code"] = trust_remote_code
-    number = HELDOUT_SAMPLES["images" if plan.frozen else "text"]
-    unseen = runs.take_text(cut, replace(source, data=heldout), number, seed=0, **take)
-    asked = () if questions == "none" or plan.frozen else read_choices(questions)
+    text: dict[str, Any] = {"length": length, "by_document": by_document, "images": bool(plan.frozen)}
+    take: Any = partial(runs.take_text, cut, **text, **trust)
+    unseen = take(replace(source, data=heldout), HELDOUT_SAMPLES["images" if plan.frozen else "text"], seed=0)
+    asked = () if questions == "none" or plan.frozen else _read_questions(cut, questions, **trust)
     steps: list[Step] = []
     for step in methods:
-        most = SAMPLES["fit" if step in FITTED else "train"]
-        taken = runs.take_text(cut, source, samples or most, seed=seed, fewer=samples is None, **take)
+        taken = take(source, samples or SAMPLES[step in TRAINED], seed=seed, fewer=samples is None)
         if step in FITTED:
             steps.append(_fit(patient, step, taken, objective, offload=offload))
         else:
@@ -121,15 +116,15 @@ def heal(
             steps.append(train_checkpoint(patient, tuning, taken, steps[-1].changed if steps else {}, state))
     if not is_writer():
         raise SystemExit  # the others have done their part
-    with staged(target, overwrite=overwrite, base=folder, size=cut.size) as stage:
+    with staged(target, overwrite=overwrite, base=cut.folder, size=cut.size) as stage:
         healed = replace(_write(patient, steps, stage), name=str(out))
         report = _report(patient, steps, healed, unseen, asked, timed=not offload)
-        describe_healed(stage, original, plan, cut, healed, report, spell_out(heal, given))
+        report = describe_healed(patient.base, plan, cut, healed, report, spell_out(heal, given))
     steps[-1].forget()
     return report
 
 
-def _parse_methods(text: str, *, keep_adapter: bool) -> tuple[Method, ...]:
+def check_methods(text: str, *, keep_adapter: bool = False) -> tuple[Method, ...]:
     """Read "fold,distill": one that is fitted, one that is trained, or the one and then the other."""
     known: tuple[Method, ...] = (*FITTED, *TRAINED)
     methods = tuple(name for word in text.split(",") for name in known if name == word.strip())
@@ -149,18 +144,42 @@ def _parse_methods(text: str, *, keep_adapter: bool) -> tuple[Method, ...]:
     return methods
 
 
-def _read_short(folder: Path, methods: Sequence[Method]) -> tuple[Checkpoint, Plan]:
-    """The shortened checkpoint, and the plan that made it. Raises ShortcutError where there is nothing to heal."""
+def _admit(
+    folder: Path,
+    methods: Sequence[Method],
+    base: str | None,
+    revision: str | None,
+    *,
+    batch_size: int,
+    loading: dict[str, Any],
+    quiet: bool,
+) -> Patient:
+    """The shortened checkpoint, the plan that made it, and its base. Raises ShortcutError where nothing is to heal."""
     from shortcut.checking.verify import read_healed
+    from shortcut.live import pick_device, pick_dtype
 
     if not folder.is_dir():
         raise ShortcutError(f"no folder {folder}")
+    pick_dtype(loading["dtype"], pick_device(loading["device"]))
     cut, plan = read_checkpoint(folder), read_record(folder)
     if plan is None or not plan.changes:
         raise ShortcutError(f"{folder} has no record ({RECORD}) of what went: there is nothing to heal")
     if methods[0] in FITTED and read_healed(folder):
         raise ShortcutError(f"{folder} was healed already: {methods[0]} takes the checkpoint that it was made from")
-    return cut, plan
+    with writer_first():  # it may have to fetch or convert
+        original = open_model(base or plan.base.model, revision or plan.base.revision, quiet=quiet)
+    return Patient(cut, original, plan, batch_size, loading, quiet)
+
+
+def _read_questions(cut: Checkpoint, questions: str, **trust: bool) -> "tuple[Choice, ...]":
+    """Multiple-choice questions that the model can be asked. Raises ShortcutError for others."""
+    from shortcut.checking.choices import check_choices, read_choices
+    from shortcut.live import load_tokenizer
+
+    found = read_choices(questions)
+    limit = text_config(cut.config)[1].get("max_position_embeddings")
+    check_choices(load_tokenizer(cut.folder, **trust), found, limit)
+    return found
 
 
 def _fit(patient: Patient, method: Method, material: "Material", objective: Objective, *, offload: bool) -> Step:

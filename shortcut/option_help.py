@@ -44,6 +44,7 @@ OPTION_HELP = {
     "short": "the folder of a shortened checkpoint",
     "method": "how to heal: by scale or fold, which train nothing, by lora or distill, which do, or by one of the "
     "first and then one of the second: fold,distill",
+    "heal": "heal what was cut, by one or two methods of `shortcut heal`, such as fold,distill",
     "objective": "what a map is fitted by: the distance to the base's states, or the angle",
     "minutes": "how long to train at most, looks at text set aside included",
     "tokens": "how many tokens to train on at most",

@@ -1,13 +1,15 @@
 """The whole road in one call: score, plan, cut, check; from options (`prune`), or as a demo."""
 
 import importlib.util
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortcut import commands, runs
+from shortcut import commands, healing, runs
 from shortcut.arguments import spell_out
 from shortcut.choose.rules import parse_rules
+from shortcut.errors import ShortcutError
 from shortcut.presets import PresetName, with_presets
 from shortcut.progress import byte_bar, say
 from shortcut.records.actions import parse_actions
@@ -26,7 +28,9 @@ from shortcut.text import parse_size
 if TYPE_CHECKING:
     from shortcut.checking.verify import CheckReport
     from shortcut.choose.trials import Trials
+    from shortcut.publish.healed import HealReport
     from shortcut.publish.report import Report
+    from shortcut.scoring.pictures import Material
 
 
 # When the result is checked: sequences of text, or questions about images; and tokens of a sequence at most.
@@ -39,7 +43,7 @@ SPEED_RUNS = 5
 class PruneReport:
     """What `prune` did: scores (None where none were needed), plans tried where there were several, cut and check.
 
-    page: what report.html shows of it.
+    page: what report.html shows of it; healed: what `heal` made of it, where that was asked for.
     """
 
     scores: Scores | None
@@ -47,16 +51,20 @@ class PruneReport:
     cut: CutReport
     check: "CheckReport"
     page: "Report"
+    healed: "HealReport | None" = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for --json."""
         scores = None if self.scores is None else self.scores.to_dict()
         trials = None if self.trials is None else self.trials.to_dict()
-        return {"scores": scores, "trials": trials, "cut": self.cut.to_dict(), "check": self.check.to_dict()}
+        healed = None if self.healed is None else self.healed.to_dict()
+        found = {"scores": scores, "trials": trials, "cut": self.cut.to_dict(), "check": self.check.to_dict()}
+        return {**found, "healed": healed}
 
     def __str__(self) -> str:
         parts = [text for part in (self.scores, self.trials) if part is not None for text in (str(part), "")]
-        return "\n".join([*parts, str(self.cut), "", str(self.check)])
+        parts += [str(self.cut), "", str(self.check)]
+        return "\n".join([*parts, *(["", str(self.healed)] if self.healed is not None else [])])
 
 
 @with_presets
@@ -91,19 +99,24 @@ def prune(
     device: str = "auto",
     dtype: str = "auto",
     format: Format = "custom",  # noqa: A002  (the word on the command line)
+    heal: str | None = None,
+    minutes: float | None = None,
     overwrite: bool = False,
     max_shard_size: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> PruneReport:
-    """Score, plan, cut and check in one go, and leave plan, scores, record and model card in OUT.
+    """Score, plan, cut and check in one go, and leave plan, scores, record, model card and report in OUT.
 
     Say how many blocks go with --count or --ratio, or which with --drop. With several rules (--select lowest,span or
     auto), each chooses by every metric, every plan is tried on text set aside from --data, a quarter beyond --samples,
-    and the one with the lowest perplexity is carried out. OUT is there only if the check passed.
+    and the one with the lowest perplexity is carried out. OUT is there only if the check passed. --heal goes on with
+    `shortcut heal`; where that fails, the checkpoint that was to be healed stays in OUT.cut.
     """
     asked = dict(locals())
+    if (heal, minutes) != (None, None):
+        return _prune_and_heal(asked)
     from shortcut.checking.verify import check_checkpoint
     from shortcut.live import pick_device, pick_dtype
     from shortcut.scoring.metrics import pick_metrics
@@ -114,19 +127,16 @@ def prune(
     rules, metrics, actions = parse_rules(select), pick_metrics(metric, average), parse_actions(allow)
     request = Request(count, ratio, by_hand, rules, metrics, actions, protect, candidates, preset)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
-    loading = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    images = "freeze-visual" in (*by_hand, *actions)
-    text: dict[str, Any] = {"length": length, "seed": seed, "images": images, "trust_remote_code": trust_remote_code}
-
+    images, trust = "freeze-visual" in (*by_hand, *actions), {"trust_remote_code": trust_remote_code}
+    text: dict[str, Any] = {"length": length, "seed": seed, "images": images, **trust}
+    loading = {"device": device, "dtype": dtype, **trust}
     # What is wrong with the request is said before the long work, not after it.
     check_target(target, overwrite=overwrite, base=base.folder)
     check_freezes(base.config) if images else check_family(base.config)
     pick_dtype(dtype, pick_device(device))
     for plan in request.foresee(base):
         report_cut(base, replace(plan, format=format), target, limit, written=False)
-    fixed = text | {"length": min(length, HELDOUT_LENGTH), "seed": 0}
-    number = HELDOUT_SAMPLES["images" if images else "text"]
-    unseen = runs.take_text(base, replace(source, data=heldout), number, **fixed)
+    unseen = _take_unseen(base, replace(source, data=heldout), text)
 
     text["by_document"] = by_document
     how: dict[str, Any] = {"text": text, "loading": {**loading, "offload": False}, "quiet": quiet}
@@ -140,8 +150,37 @@ def prune(
         say("checking: keys, tensors, logits, and what it is worth, before and after", quiet=quiet)
         short, how = replace(short, name=str(out)), {"batch_size": batch_size, "quiet": quiet, **loading}
         checked = check_checkpoint(short, (base, plan), unseen, samples=True, **how)
-        made: dict[str, Any] = {"scores": scores, "trials": trials, "command": spell_out(prune, asked)}
-        return _describe(base, short, cut, checked, **made)
+        return _describe(base, short, cut, checked, scores, trials, spell_out(prune, asked))
+
+
+def _take_unseen(base: Checkpoint, source: Source, text: dict[str, Any]) -> "Material":
+    """The text, or the questions about images, that base and result are compared on: always the same."""
+    fixed = text | {"length": min(text["length"], HELDOUT_LENGTH), "seed": 0}
+    return runs.take_text(base, source, HELDOUT_SAMPLES["images" if text["images"] else "text"], **fixed)
+
+
+def _prune_and_heal(asked: dict[str, Any]) -> PruneReport:
+    """Prune into a folder beside OUT, heal from there into OUT, and remove it. asked: what `prune` was called with."""
+    from shortcut.publish.report import write_report
+
+    if asked["heal"] is None:
+        raise ShortcutError("--minutes is how long --heal trains")
+    out, quiet = Path(asked["out"]), asked["quiet"]
+    between = out.with_name(f"{out.name}.cut")
+    healing.check_methods(asked["heal"])
+    check_target(out, overwrite=asked["overwrite"])
+    pruned = prune(**{**asked, "out": between, "heal": None, "minutes": None, "overwrite": True})
+    shared = ("data", "heldout", "split", "column", "chat_template", "length", "by_document", "seed", "batch_size")
+    how = {name: asked[name] for name in (*shared, "device", "dtype", "overwrite", "trust_remote_code", "minutes")}
+    try:
+        healed = healing.heal(between, out, base=pruned.cut.plan.base.model, method=asked["heal"], quiet=quiet, **how)
+    except ShortcutError as error:
+        raise ShortcutError(f"{error}; {between} holds the shortened checkpoint, not healed") from None
+    shutil.rmtree(between)
+    assert healed.page is not None
+    how = {**healed.page.how, "command": spell_out(prune, asked)}
+    write_report(out / "report.html", replace(healed.page, how=how))
+    return replace(pruned, healed=healed)
 
 
 def _describe(
@@ -149,7 +188,6 @@ def _describe(
     short: Checkpoint,
     cut: CutReport,
     check: "CheckReport",
-    *,
     scores: Scores | None,
     trials: "Trials | None",
     command: str,

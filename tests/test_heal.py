@@ -24,6 +24,7 @@ from shortcut.repair import train
 from shortcut.repair.keeper import BEST, STATE
 from shortcut.repair.train import Pace, State, order
 from tests.test_faults import small_disk as small_disk
+from tests.test_report import read_page
 
 TEXT: dict[str, Any] = {
     "samples": 20,
@@ -39,8 +40,8 @@ TEXT: dict[str, Any] = {
 def base(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama after half a minute of schooling: it knows letters, and a teacher has to know something."""
     folder = tmp_path_factory.mktemp("schooled") / "base"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint_of("llama"))
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint_of("llama"))
+    fresh = checkpoint_of("llama", max_position_embeddings=1024)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(fresh), AutoTokenizer.from_pretrained(fresh)
     ids = torch.tensor(tokenizer(files("shortcut").joinpath("data", "calibration.txt").read_text())["input_ids"])
     optimizer, generator = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -114,6 +115,58 @@ def test_one_after_the_other(short: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert [step["method"] for step in healed["steps"]] == ["fold", "distill"]
     with pytest.raises(ShortcutError, match="second was healed already: fold takes the checkpoint that it was made"):
         shortcut.heal(tmp_path / "second", tmp_path / "third", **TEXT)
+
+
+def test_prune_goes_on_with_healing(base: Path, tmp_path: Path) -> None:
+    """One command from the model to the healed checkpoint; its page says how to make it again."""
+    (tmp_path / "few.txt").write_text(files("shortcut").joinpath("data", "calibration.txt").read_text()[:2500])
+    how: dict[str, Any] = {"data": str(tmp_path / "few.txt"), "samples": 8, "length": 24, "quiet": True}
+    report = shortcut.prune(base, tmp_path / "out", count=2, heal="lora", minutes=0.03, **how)
+    assert report.healed is not None
+    assert report.check.perplexity == report.healed.cut.perplexity > report.healed.check.perplexity
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few.txt", "out"]
+    page = read_page(tmp_path / "out" / "report.html")
+    assert list(page["columns"]) == ["base", "cut", "healed"]
+    values = [page["columns"][name]["perplexity"] for name in page["columns"]]
+    assert values == [report.check.perplexity_base, report.check.perplexity, report.healed.check.perplexity]
+    assert page["how"]["command"].startswith(f"shortcut prune {base} {tmp_path / 'out'} --count 2 --data")
+    assert "--heal lora --minutes 0.03" in page["how"]["command"]
+    assert page["how"]["changes"] == list(report.healed.changes)
+    assert page["scores"] == json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert "healed by `lora`" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(
+        ShortcutError, match=r"nothing is written; .*bad\.cut holds the shortened checkpoint, not healed"
+    ):
+        shortcut.prune(base, tmp_path / "bad", drop="0-1", heal="fold", **how)
+    assert (tmp_path / "bad.cut" / "config.json").exists()
+    assert not (tmp_path / "bad").exists()
+    with pytest.raises(ShortcutError, match="--method folding: there are scale, fold, lora, distill"):
+        shortcut.prune(base, tmp_path / "other", drop="2", heal="folding", **how)
+    with pytest.raises(ShortcutError, match="--minutes is how long --heal trains"):
+        shortcut.prune(base, tmp_path / "other", drop="2", minutes=1.0, **how)
+
+
+def test_questions_and_speed(short: Path, checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Base, cut and healed answer the same questions; base and healed are timed."""
+    lines = [{"question": "Which?", "choices": ["one", "two"], "answer": place % 2} for place in range(4)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    how = {**TEXT, "questions": str(tmp_path / "q.jsonl")}
+    report = shortcut.heal(short, tmp_path / "out", method="lora", **how)
+    found = report.to_dict()
+    assert {name: each["share"] for name, each in found["questions"].items()} == dict.fromkeys(
+        ("base", "cut", "healed"), 0.5
+    )
+    assert list(found["speed"]) == ["base", "healed"]
+    assert all(value > 0 for speed in found["speed"].values() for value in speed.values())
+    assert "questions right" in str(report)
+    page = read_page(tmp_path / "out" / "report.html")
+    assert page["columns"]["healed"]["questions right"] == 0.5
+    with pytest.raises(ShortcutError, match="no file nowhere.jsonl"):
+        shortcut.heal(short, tmp_path / "two", **{**how, "questions": "nowhere.jsonl"})
+    shortcut.cut(checkpoint_of("llama"), tmp_path / "narrow", drop="2", quiet=True)
+    with pytest.raises(ShortcutError, match="is longer than the 128 tokens that the model takes"):
+        shortcut.heal(tmp_path / "narrow", tmp_path / "two", method="lora", **{**how, "questions": "default"})
+    assert not (tmp_path / "two.training").exists()
 
 
 def test_the_adapter_can_be_kept(short: Path, tmp_path: Path, token_ids: torch.Tensor) -> None:

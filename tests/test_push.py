@@ -257,7 +257,7 @@ def test_the_card_of_a_healed_checkpoint(hub: Hub, short: Path) -> None:
         file.write(b"\0" * 40)
     record = json.loads((short / "shortcut.json").read_text())
     (short / "shortcut.json").write_text(
-        json.dumps({**record, "healed": {"method": "fold", "tensors": [tensor.name]}}, indent=2)
+        json.dumps({**record, "healed": {"steps": [{"method": "fold"}], "tensors": [tensor.name]}}, indent=2)
     )
     shortcut.push(short, "org/short", **FEW)
     text = read_card(hub.repositories["org/short"] / "README.md")[1]

@@ -160,6 +160,13 @@ def hash_of(questions: Sequence[Choice]) -> str:
     return hashlib.sha256(json.dumps([astuple(question) for question in questions]).encode()).hexdigest()[:16]
 
 
+def check_choices(tokenizer: Any, questions: Sequence[Choice], limit: int | None) -> None:
+    """Raise ShortcutError, before the long work, for a choice that is longer than the tokens that a model takes."""
+    for question in questions:
+        for choice in question.choices:
+            _encode(tokenizer, question.question, choice, limit)
+
+
 @torch.inference_mode()
 def answer_choices(
     model: Model,

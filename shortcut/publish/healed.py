@@ -1,13 +1,13 @@
 """What a healed checkpoint says of itself: what was done to it, and what it is worth beside the base and the cut."""
 
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shortcut.checking.verify import CheckReport
 from shortcut.checking.worth import FORMS, Worth
-from shortcut.publish.report import make_report, write_report
+from shortcut.publish.card import CARD, format_card
+from shortcut.publish.report import Report, make_report, write_report
 from shortcut.records.healing import Method
 from shortcut.records.plan import Plan, format_plan
 from shortcut.records.scores import read_scores
@@ -22,7 +22,8 @@ BESIDE = ("scores.json", "scores.png")  # of what stands beside the weights of t
 class HealReport:
     """What healing did, and what base, shortened and healed model are worth on text that chose nothing.
 
-    parameters, bytes: of the base and of the healed model, which is as large as the shortened one.
+    parameters, bytes: of the base and of the healed model, which is as large as the shortened one; page: what
+    report.html shows of it.
     """
 
     out: str
@@ -33,6 +34,7 @@ class HealReport:
     cut: CheckReport
     check: CheckReport
     worth: Worth
+    page: Report | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for --json."""
@@ -68,16 +70,18 @@ class HealReport:
 
 
 def describe_healed(
-    folder: Path, base: Checkpoint, plan: Plan, cut: Checkpoint, healed: Checkpoint, report: HealReport, command: str
-) -> None:
-    """Write beside the weights how they came about: plan, scores where the cut has them, and report.html.
+    base: Checkpoint, plan: Plan, cut: Checkpoint, healed: Checkpoint, report: HealReport, command: str
+) -> HealReport:
+    """Write beside the weights how they came about: plan, scores where the cut has them, model card and report.html.
 
-    Raises ShortcutError where a file cannot be written.
+    Gives the report with that page. Raises ShortcutError where a file cannot be written.
     """
+    folder = healed.folder
     write_text(folder / "plan.yaml", format_plan(plan))
     for name in BESIDE:
         if (cut.folder / name).exists():
             shutil.copyfile(cut.folder / name, folder / name)
+    write_text(folder / CARD, format_card(healed, base, plan, report.check))
     kept = cut.folder / "scores.json"
     scores = read_scores(kept) if kept.exists() else None
     made, found = {"cut": cut, "healed": healed}, report.worth.columns()
@@ -89,3 +93,4 @@ def describe_healed(
     if report.cut.answers is not None and report.cut.answers.right is not None:
         page = page.measured({"cut": {"right answers": report.cut.answers.right}})
     write_report(folder / "report.html", page)
+    return replace(report, page=page)

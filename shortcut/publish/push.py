@@ -1,6 +1,7 @@
 """A checkpoint on its way to the Hub: may it go there, which files go, and in one line what went wrong."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -47,7 +48,7 @@ def files_to_push(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, .
 
 
 def records_to_push(folder: Path, base: Checkpoint) -> dict[str, bytes]:
-    """Plan, scores and record of a checkpoint, naming the base as others find it: no path of this machine."""
+    """Plan, scores, record and page of a checkpoint, naming it and the base as others do: no path of this machine."""
     shown = replace(base.base, model=base.base.title)
     record = read_json(folder / RECORD)
     plan, *before = [Plan.from_dict(plan, RECORD) for plan in (record["plan"], *record.get("lineage", []))]
@@ -58,6 +59,12 @@ def records_to_push(folder: Path, base: Checkpoint) -> dict[str, bytes]:
         texts["plan.yaml"] = format_plan(replace(read_plan(folder / "plan.yaml"), base=shown))
     if (folder / "scores.json").exists():
         texts["scores.json"] = format_scores(replace(read_scores(folder / "scores.json"), base=shown))
+    if (folder / "report.html").exists():
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        names = {base.base.model: shown.model, plan.base.model: shown.model, str(folder.resolve()): folder.name}
+        for path in filter(os.path.isabs, names):
+            page = page.replace(json.dumps(path)[1:-1], json.dumps(names[path])[1:-1])
+        texts["report.html"] = page
     return {name: text.encode() for name, text in texts.items()}
 
 
