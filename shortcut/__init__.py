@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from shortcut.scoring.metrics import add_metric as add_metric
     from shortcut.surgery.preview import preview as preview
     from shortcut.talk import chat as chat
+    from shortcut.timing import speed as speed
 
 _HOME = {
     **dict.fromkeys(("cut", "diff", "families", "inspect", "metrics", "plan"), "shortcut.commands"),
@@ -58,6 +59,7 @@ _HOME = {
     "ShortcutError": "shortcut.errors",
     "preview": "shortcut.surgery.preview",
     "run": "shortcut.recipes",
+    "speed": "shortcut.timing",
 }
 __all__ = [*sorted(_HOME), "__version__"]
 

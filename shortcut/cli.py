@@ -23,7 +23,20 @@ from typing import Any, NoReturn, get_args
 
 import fire
 
-from shortcut import __version__, commands, demos, evaluation, freezing, healing, measure, pushing, recipes, road, talk
+from shortcut import (
+    __version__,
+    commands,
+    demos,
+    evaluation,
+    freezing,
+    healing,
+    measure,
+    pushing,
+    recipes,
+    road,
+    talk,
+    timing,
+)
 from shortcut.arguments import Option, UsageError, bind, options_of
 from shortcut.errors import ShortcutError
 from shortcut.option_help import OPTION_HELP
@@ -42,6 +55,7 @@ COMMANDS: dict[str, Command] = {
         measure.check,
         healing.heal,
         evaluation.eval,
+        timing.speed,
         pushing.push,
         talk.chat,
         measure.sweep,

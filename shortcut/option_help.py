@@ -10,7 +10,7 @@ OPTION_HELP = {
     "metric": "one or more of what `shortcut metrics` lists, with commas",
     "average": "what counts the same in the mean of a metric: tokens, or sequences, however short",
     "preset": "a published method: its options are the defaults, and what is given beside it wins; for freeze, the "
-    "blocks published for a model; for eval, the tasks that published figures are of",
+    "blocks published for a model; for eval, the tasks that published figures are of; for speed, how they were timed",
     "data": "text: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a Hub id (org/name or org/name:subset), "
     '"default" (embedded prose) or "heldout" (other embedded prose); several, with commas, give equal shares of the '
     'sequences, or as they are weighted: "3*a.txt,b.jsonl"; for models that see, also files and data sets with images '
@@ -24,7 +24,7 @@ OPTION_HELP = {
     "samples": "number of sequences, or of questions about images",
     "length": "tokens of a sequence",
     "batch_size": "sequences per forward pass",
-    "seed": "decides which sequences are taken",
+    "seed": "decides which sequences are taken; for speed, which tokens a prompt is made of",
     "by_document": "one document per sequence, padded, instead of packed sequences",
     "device": "cpu, cuda, cuda:1 ...; auto takes a GPU where there is one",
     "dtype": "auto, float32, bfloat16 or float16; auto is float32 on a CPU and the checkpoint's own type on a GPU",
@@ -65,8 +65,10 @@ OPTION_HELP = {
     "gradient_checkpointing": "less memory for more time: what blocks compute is forgotten and computed again",
     "keep_adapter": "write the low-rank changes into OUT/adapter as well, for PEFT, on top of SHORT",
     "image": "an image file or address, to talk about",
-    "prompt": "what is said, instead of lines of stdin",
-    "new_tokens": "tokens of an answer at most",
+    "prompt": "what is said, instead of lines of stdin; for speed, how many tokens a prompt has",
+    "new_tokens": "tokens of an answer at most; for speed, so many are made, whatever they say",
+    "runs": "how many runs of every model count",
+    "warm_up": "how many runs of every model come first and do not count",
     "vision": "the demonstration with images",
     "blocks": 'the blocks that leave the tokens of images as they are, by number: "31,29,30"',
     "freeze_visual": "the blocks that leave the tokens of images as they are, by number: faster to prompt, as large",

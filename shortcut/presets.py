@@ -128,6 +128,17 @@ HEAL_PRESETS: dict[HealPresetName, Preset] = {
 }
 
 
+SpeedPresetName = Literal["shortened-llama"]
+SPEED_PRESETS: dict[SpeedPresetName, Preset] = {
+    # Its prompts are one of 12 tokens, repeated; it draws the next token at random, and also writes 512.
+    "shortened-llama": Preset(
+        {"prompt": 12, "new_tokens": 128, "runs": 20, "warm_up": 10},
+        "arXiv:2402.02834",
+        "128 new tokens behind a short prompt, 20 runs after 10",
+    ),
+}
+
+
 def with_presets(command: Callable[P, R], presets: Mapping[Any, Preset] = PRESETS) -> Callable[P, R]:
     """The same command; the preset it is called with gives the options that it has and that are not given.
 

@@ -23,7 +23,7 @@ FLOORS = [
     {"sources"},
     {"commands", "talk"},
     {"runs"},
-    {"measure", "selection", "tuning", "evaluation", "pushing"},
+    {"measure", "selection", "tuning", "evaluation", "pushing", "timing"},
     {"healing"},
     {"road"},
     {"recipes", "freezing"},

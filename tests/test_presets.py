@@ -28,7 +28,7 @@ def test_names() -> None:
     assert list(get_args(PresetName)) == list(PRESETS)
     assert list(get_args(SuiteName)) == list(SUITES)
     taking = {name for name, command in COMMANDS.items() if "preset" in signature(command).parameters}
-    assert taking == {*TAKING, "freeze", "eval", "heal"}
+    assert taking == {*TAKING, "freeze", "eval", "heal", "speed"}
 
 
 @pytest.mark.parametrize("name", PRESETS)

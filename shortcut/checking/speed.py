@@ -1,14 +1,57 @@
-"""Tokens per second, for prefill and decode, of several models in turn: the machine's drift then falls on all alike."""
+"""How long prompts and new tokens take, of several models in turn: the machine's drift then falls on all alike."""
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from inspect import signature
+from typing import Any, TypeVar
 
 import torch
 
+from shortcut.errors import ShortcutError
 from shortcut.live import Model
+from shortcut.progress import track
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is run: prompts of random tokens, so many at once, and new tokens behind each, the likeliest ones."""
+
+    prompt: int = 256
+    new_tokens: int = 24
+    batch_size: int = 1
+    seed: int = 0
+
+    def ids(self, models: Sequence[Model]) -> torch.Tensor:
+        """Tokens that all these models know, (batch, tokens)."""
+        vocabulary = min(model.config.get_text_config(decoder=True).vocab_size for model in models)
+        how = torch.Generator().manual_seed(self.seed)
+        return torch.randint(vocabulary, (self.batch_size, self.prompt), generator=how)
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the cache when a run ends: the last one is not read any more."""
+        return self.batch_size * (self.prompt + self.new_tokens - 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run took, in seconds: the prompt, the prompt and the first new token, and all new tokens behind it.
+
+    cache: bytes of keys and values in the end. On a GPU alone, else None: memory, what torch's allocator held at most
+    for this model alone, in bytes, and use, the share of time in which the GPU was busy, as its driver says.
+    """
+
+    prefill: float
+    first: float
+    decode: float
+    cache: int
+    memory: int | None = None
+    use: float | None = None
 
 
 @dataclass(frozen=True)
@@ -19,42 +62,88 @@ class Speed:
     decode: float
 
 
-@torch.inference_mode()
 def measure_speed(
     models: Sequence[Model], *, prompt: int = 256, new_tokens: int = 24, runs: int = 5, seed: int = 0
 ) -> list[Speed]:
     """Time the models interleaved, run by run, after one run each that does not count, on random tokens, batch 1."""
-    vocabulary = min(model.config.get_text_config(decoder=True).vocab_size for model in models)
-    ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(seed))
-    times: list[list[tuple[float, float]]] = [[] for _ in models]
-    for _ in range(runs + 1):
-        for timings, model in zip(times, models, strict=True):
-            timings.append(_one_run(model, ids.to(model.device), new_tokens))
+    times = time_runs(models, Work(prompt, new_tokens, seed=seed), runs=runs, warm_up=1)
     return [
         Speed(
-            prefill=prompt / statistics.median(prefill for prefill, _ in timings[1:]),
-            decode=new_tokens / statistics.median(decode for _, decode in timings[1:]),
+            prefill=prompt / statistics.median(run.prefill for run in own),
+            decode=(new_tokens - 1) / statistics.median(run.decode for run in own),
         )
-        for timings in times
+        for own in times
     ]
 
 
-def _one_run(model: Model, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds for the prompt, and for this many greedy tokens after it."""
-    output, prefill = _timed(model, lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1))
-
-    def decode() -> None:
-        nonlocal output
-        for _ in range(new_tokens):
-            token = output.logits[:, -1:].argmax(-1)
-            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-
-    return prefill, _timed(model, decode)[1]
+@torch.inference_mode()
+def time_runs(models: Sequence[Model], work: Work, *, runs: int, warm_up: int, quiet: bool = True) -> list[list[Run]]:
+    """The runs of every model that count, made interleaved; warm_up: how many come first that do not count."""
+    ids = work.ids(models)
+    found: list[list[Run]] = [[] for _ in models]
+    for _ in track(range(warm_up + runs), "runs", quiet=quiet):
+        for own, model in zip(found, models, strict=True):
+            own.append(_time_run(model, ids.to(model.device), work.new_tokens))
+    return [own[warm_up:] for own in found]
 
 
-def _timed(model: Model, work: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    result = work()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return result, time.perf_counter() - start
+def run_once(model: Model, ids: torch.Tensor, new_tokens: int, note: Callable[[], T]) -> tuple[list[T], Any]:
+    """Run prompts, choose a token behind each, and then the others, one by one.
+
+    Returns what `note` gives before these three steps and after each, and the cache in the end. Raises ShortcutError
+    for a model without one.
+    """
+    notes = [note()]
+    last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    output = model(input_ids=ids, use_cache=True, **last)
+    notes.append(note())
+    if getattr(output, "past_key_values", None) is None:
+        raise ShortcutError(f"{model.config.model_type} keeps no cache of keys and values: its speed is not measured")
+    token = output.logits[:, -1:].argmax(-1)
+    notes.append(note())
+    for _ in range(new_tokens - 1):
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
+    notes.append(note())
+    return notes, output.past_key_values
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all keys and values in a cache of transformers; states that do not grow with the text do not count."""
+    stored = [(name, value) for layer in cache.layers for name, value in vars(layer).items()]
+    return sum(
+        value.nbytes for name, value in stored if name.endswith(("keys", "values")) and isinstance(value, torch.Tensor)
+    )
+
+
+def _time_run(model: Model, ids: torch.Tensor, new_tokens: int) -> Run:
+    device, on_gpu = model.device, model.device.type == "cuda"
+
+    def clock() -> float:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+        others = torch.cuda.memory_allocated(device) - model.get_memory_footprint()
+    (start, read, first, end), cache = run_once(model, ids, new_tokens, clock)
+    return Run(
+        prefill=read - start,
+        first=first - start,
+        decode=end - first,
+        cache=cache_bytes(cache),
+        memory=torch.cuda.max_memory_allocated(device) - others if on_gpu else None,
+        use=_use(device) if on_gpu else None,
+    )
+
+
+def _use(device: torch.device) -> float | None:
+    """The share of the last moments, up to a second, in which a GPU was busy; None where its driver does not say."""
+    try:
+        from pynvml import NVMLError
+    except ImportError:
+        return None
+    with suppress(RuntimeError, NVMLError):
+        return torch.cuda.utilization(device) / 100
+    return None
