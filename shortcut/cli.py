@@ -87,10 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"{words[0]} runs in one process; torchrun is for score and heal")
         as_json = "--json" in words
         call = _parse([word for word in words if word != "--json"])
-        result = call()
-        if is_writer():
-            print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) if as_json else result)
-        sys.stdout.flush()
+        try:
+            result = call()
+        except recipes.OutcomeError as error:
+            _print(error.comparison, as_json=as_json)
+            raise
+        _print(result, as_json=as_json)
     except UsageError as error:
         return _fail(f"{error} (shortcut {words[0] if words[0] in COMMANDS else ''} --help)".replace("  ", " "), 2)
     except ShortcutError as error:
@@ -107,6 +109,12 @@ def entry() -> NoReturn:
     """The console script: `main` with SIGTERM turned into an orderly end, so that half-written output is removed."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())
+
+
+def _print(result: Any, *, as_json: bool) -> None:
+    if is_writer():
+        print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) if as_json else result)
+    sys.stdout.flush()
 
 
 def _fail(message: str, code: int) -> int:

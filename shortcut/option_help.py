@@ -1,7 +1,8 @@
 """What every option means, in one place: a word means the same in all commands."""
 
 OPTION_HELP = {
-    "model": "what to read: a folder, a Hub id (org/name), or a .gguf file",
+    "model": "what to read: a folder, a Hub id (org/name), a .gguf file, or tiny-llava, a small vision-language model "
+    "that comes with the package",
     "out": "where to write",
     "scores": "a scores.json of `shortcut score`; or a model, for --drop and --select deepest",
     "checkpoint": "the folder of a checkpoint",
@@ -88,7 +89,8 @@ OPTION_HELP = {
     "plan": "a plan.yaml of `shortcut plan`",
     "dry_run": "say what would be written, and write nothing",
     "overwrite": "replace what an earlier run wrote to OUT",
-    "verify": "compare every byte written with the base, as prune and check always do",
+    "verify": "compare every byte written with the base, as prune and check always do; for run, take any "
+    "outcome but the one that the recipe expects for a failure",
     "one": "a folder, a Hub id or a .gguf file",
     "other": "another one",
     "no_guard": "skip building both models without weights, which imports torch; for families proven before",

@@ -1,5 +1,6 @@
 """Recipes: one command with its options in a YAML file, and what a publication says comes out of it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,58 +8,74 @@ from typing import Any
 
 import yaml
 
-from shortcut import commands, measure
+from shortcut import commands, evaluation, healing, measure
+from shortcut.anatomy import text_config
 from shortcut.arguments import UsageError, bind, options_of
 from shortcut.errors import ShortcutError
 from shortcut.freezing import freeze
+from shortcut.records.actions import LISTED
 from shortcut.records.blocks import format_blocks, parse_blocks
 from shortcut.records.plan import Plan
 from shortcut.road import PruneReport, prune
+from shortcut.sources import open_model
 from shortcut.surgery.cut import CutReport
+from shortcut.surgery.savings import prefill
 
-DROPPING = (commands.plan, commands.cut, prune)  # the commands that an expectation can be of
+PLANNING = (commands.plan, commands.cut, prune, freeze)  # the commands that an expectation can be of
 RUNNABLE = {
     command.__name__: command
     for command in (
         *(commands.inspect, commands.plan, commands.cut, commands.diff),
-        *(measure.score, measure.sweep, measure.check, prune, freeze),
+        *(measure.score, measure.sweep, measure.check, prune, freeze, healing.heal, evaluation.eval),
     )
 }
+_FLOPS = re.compile(r"[\d.]+% of ([1-9]\d*)\+([1-9]\d*)")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a recipe's command did, and whether it is what the recipe expects: blocks dropped, parameters left."""
+    """What a recipe's command did, and what of it is expected: blocks by action, parameters left, operations left."""
 
     report: Plan | CutReport | PruneReport
     expected: Mapping[str, str | int]
+    found: Mapping[str, str | int]
 
     @property
-    def found(self) -> dict[str, str | int]:
-        """What came out, of what is expected."""
-        if isinstance(self.report, Plan):
-            return {"drop": self.report.described}
-        cut = self.report.cut if isinstance(self.report, PruneReport) else self.report
-        found: dict[str, str | int] = {"drop": cut.plan.described, "parameters": cut.parameters_after}
-        return {name: found[name] for name in self.expected}
+    def is_same(self) -> bool:
+        """Whether what came out is what is expected."""
+        return self.found == self.expected
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for --json."""
-        return {**self.report.to_dict(), "expected": dict(self.expected), "found": self.found}
+        return {**self.report.to_dict(), "expected": dict(self.expected), "found": dict(self.found)}
 
     def __str__(self) -> str:
+        return "\n".join([str(self.report), "", *self.lines])
+
+    @property
+    def lines(self) -> list[str]:
+        """For people: what is expected, each with what came out."""
         lines = []
         for name, value in self.found.items():
-            what = f"expected {'blocks' if name == 'drop' else name} {self.expected[name]}"
-            lines.append(f"{what}: {'the same' if value == self.expected[name] else f'differs: {value}'}")
-        return "\n".join([str(self.report), "", *lines])
+            expected = self.expected.get(name, "none")
+            lines.append(f"expected {name} {expected}: {'the same' if value == expected else f'differs: {value}'}")
+        return lines
 
 
-def run(recipe: Path, *, quiet: bool = False) -> Any:
+class OutcomeError(ShortcutError):
+    """The outcome of a recipe that is not the expected one; `comparison` has the whole of it."""
+
+    def __init__(self, recipe: Path, comparison: Comparison) -> None:
+        super().__init__(f"{recipe}: {'; '.join(line for line in comparison.lines if not line.endswith('the same'))}")
+        self.comparison = comparison
+
+
+def run(recipe: Path, *, verify: bool = False, quiet: bool = False) -> Any:
     """Run the command that a recipe file describes, with its options by name.
 
     A recipe is YAML: `command: prune`, then that command's options, such as `model: org/name` or `count: 7`. With an
-    entry such as `expect: {drop: 21-29}` the report ends with whether these blocks went.
+    entry such as `expect: {drop: 21-29}` the report ends with whether these blocks went; --verify makes another outcome
+    an error.
     """
     try:
         content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
@@ -68,6 +85,8 @@ def run(recipe: Path, *, quiet: bool = False) -> Any:
         raise ShortcutError(f"{recipe} needs an entry command: with one of {', '.join(RUNNABLE)}")
     command: Any = RUNNABLE[content.pop("command")]
     expected = None if "expect" not in content else _read_expected(content.pop("expect"), command, str(recipe))
+    if verify and expected is None:
+        raise ShortcutError(f"{recipe} has no entry expect: there is nothing that --verify could compare")
     texts = {str(name).replace("-", "_"): str(value) for name, value in content.items() if value is not None}
     if quiet and "quiet" in options_of(command):
         texts["quiet"] = "True"
@@ -76,18 +95,49 @@ def run(recipe: Path, *, quiet: bool = False) -> Any:
     except UsageError as error:
         raise ShortcutError(f"{recipe}: {error}") from None
     report = command(**arguments)
-    return report if expected is None else Comparison(report, expected)
+    if expected is None:
+        return report
+    comparison = Comparison(report, expected, _find(report, expected))
+    if verify and not comparison.is_same:
+        raise OutcomeError(recipe, comparison)
+    return comparison
 
 
 def _read_expected(entry: Any, command: Any, origin: str) -> dict[str, str | int]:
-    """The outcome that a recipe expects: `drop`, and where weights are counted `parameters`. Raises ShortcutError."""
-    if command not in DROPPING:
-        raise ShortcutError(f"{origin}: {command.__name__} drops no blocks: expect goes with plan, cut and prune")
-    known: dict[str, Any] = {"drop": str | int} if command is commands.plan else {"drop": str | int, "parameters": int}
-    sound = isinstance(entry, dict) and "drop" in entry
+    """The outcome that a recipe expects: blocks by action, and what may be said of them. Raises ShortcutError."""
+    if command not in PLANNING:
+        raise ShortcutError(
+            f"{origin}: {command.__name__} chooses no blocks: expect goes with plan, cut, prune, freeze"
+        )
+    known: dict[str, Any] = {**dict.fromkeys(LISTED, str | int), "flops": str}
+    if command is not commands.plan:  # which counts no weights
+        known["parameters"] = int
+    sound = isinstance(entry, dict) and any(action in entry for action in LISTED)
     if not sound or not all(name in known and isinstance(value, known[name]) for name, value in entry.items()):
-        raise ShortcutError(f"{origin}: expect has {' and '.join(known)}, as in {{drop: 21-29}}, not {entry!r}")
+        raise ShortcutError(f"{origin}: expect has {', '.join(known)}, as in {{drop: 21-29}}, not {entry!r}")
+    if "flops" in entry and ("freeze-visual" not in entry or not _FLOPS.fullmatch(entry["flops"])):
+        form = "the share left of a prompt of tokens of text and of images, as in 55.2% of 64+576"
+        raise ShortcutError(f"{origin}: flops goes with freeze-visual, and is {form}, not {entry['flops']!r}")
     try:
-        return {**entry, "drop": format_blocks(parse_blocks(str(entry["drop"])))}
+        return {
+            name: format_blocks(parse_blocks(str(value))) if name in LISTED else value for name, value in entry.items()
+        }
     except ShortcutError as error:
         raise ShortcutError(f"{origin}: {error}") from None
+
+
+def _find(report: Plan | CutReport | PruneReport, expected: Mapping[str, str | int]) -> dict[str, str | int]:
+    """What came out, of what is expected, and what else happened to blocks."""
+    cut = report.cut if isinstance(report, PruneReport) else report
+    plan = cut if isinstance(cut, Plan) else cut.plan
+    found: dict[str, str | int] = {
+        action: format_blocks(plan.blocks(action)) for action in LISTED if action in expected or plan.blocks(action)
+    }
+    if "parameters" in expected and isinstance(cut, CutReport):
+        found["parameters"] = cut.parameters_after
+    if match := _FLOPS.fullmatch(str(expected.get("flops"))):
+        base = open_model(plan.base.model, plan.base.revision, weights=False, quiet=True)
+        saved = prefill(text_config(base.config)[1], plan.frozen, int(match[1]), int(match[2]))
+        share = saved.frozen / saved.dense - len(plan.dropped) / plan.base.blocks
+        found["flops"] = f"{share:.1%} of {match[1]}+{match[2]}"
+    return found

@@ -37,7 +37,8 @@ _SMALL = [
 ]
 
 
-EMBEDDED_VISION = str(files("shortcut").joinpath("data", "tiny-llava"))  # trained by recipes/train_tiny_llava.py
+TINY_VISION = "tiny-llava"  # trained by recipes/train_tiny_llava.py
+EMBEDDED_VISION = str(files("shortcut").joinpath("data", TINY_VISION))
 
 
 def open_model(
@@ -49,6 +50,8 @@ def open_model(
     Raises ShortcutError where there is no such model, and where there is no way to it.
     """
     path = Path(model).expanduser()
+    if str(model) == TINY_VISION and not path.exists():
+        path = Path(EMBEDDED_VISION)
     if revision is not None and path.exists():
         raise ShortcutError(f"{path} has no revisions: --revision is for models of the Hub")
     if path.suffix == ".gguf":

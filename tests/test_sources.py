@@ -8,13 +8,23 @@ import pytest
 
 import shortcut
 from shortcut.errors import ShortcutError
-from shortcut.sources import EMBEDDED_MODEL, embedded_model, open_model
+from shortcut.sources import EMBEDDED_MODEL, EMBEDDED_VISION, embedded_model, open_model
 
 
 def test_a_folder_is_named_by_its_full_path(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan made for a relative path still finds its base from elsewhere."""
     monkeypatch.chdir(llama.parent)
     assert open_model("base").base.model == str(llama.resolve())
+
+
+def test_the_small_model_of_the_package_has_a_name(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tiny-llava, wherever one is; a folder of that name is still a folder."""
+    monkeypatch.chdir(tmp_path)
+    assert open_model("tiny-llava").folder == Path(EMBEDDED_VISION).resolve()
+    Path("tiny-llava").symlink_to(llama)
+    assert open_model("tiny-llava").folder == llama.resolve()
 
 
 def test_a_folder_has_no_revisions(llama: Path) -> None:

@@ -14,6 +14,7 @@ from shortcut.records.actions import GONE
 from shortcut.records.plan import Plan
 from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.config import resolve_config
+from shortcut.surgery.tensors import ROTARY_TABLE
 
 LLAMA_SHAPED = ("LlamaForCausalLM", "MistralForCausalLM")
 # What has to be so where it is given at all: the servers know nothing else, or some of them do not look.
@@ -88,7 +89,7 @@ def check_decilm(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]])
     expected = _expected_shapes(config)
     if len(blocks) != config["num_hidden_layers"]:
         raise ShortcutError(f"block_configs is for {len(blocks)} blocks of {config['num_hidden_layers']}")
-    found = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+    found = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(ROTARY_TABLE)}
     if config["tie_word_embeddings"]:
         found.setdefault("lm_head.weight", expected["lm_head.weight"])
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):

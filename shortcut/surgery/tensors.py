@@ -30,6 +30,7 @@ DTYPE_BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
+ROTARY_TABLE = "rotary_emb.inv_freq"  # what follows from the config, and old checkpoints hold in every block
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Tensor:
 
     @property
     def parameters(self) -> int:
-        """Elements, as stored (a packed 4-bit weight counts its packed elements)."""
-        return math.prod(self.shape)
+        """Elements, as stored (a packed 4-bit weight counts its packed elements); a table of frequencies has none."""
+        return 0 if self.name.endswith(ROTARY_TABLE) else math.prod(self.shape)
 
 
 @dataclass(frozen=True)
