@@ -117,12 +117,6 @@ def _print(result: Any, *, as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def _print(result: Any, *, as_json: bool) -> None:
-    if is_writer():
-        print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) if as_json else result)
-    sys.stdout.flush()
-
-
 def _fail(message: str, code: int) -> int:
     print(f"shortcut: {message}", file=sys.stderr)
     return code

@@ -1,15 +1,15 @@
 """Healing a shortened checkpoint: what was lost is won back in part, and how much of it is measured."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from shortcut import runs
-from shortcut.anatomy import text_config
-from shortcut.arguments import spell_out
+from shortcut.arguments import options_of, spell_out
 from shortcut.commands import read_record
 from shortcut.errors import ShortcutError
 from shortcut.presets import HEAL_PRESETS, HealPresetName, with_presets
@@ -18,8 +18,8 @@ from shortcut.progress import byte_bar, say
 from shortcut.records.healing import FITTED, TRAINED, Method, Objective, Tune
 from shortcut.records.plan import Plan
 from shortcut.scoring.documents import Source
-from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import Checkpoint, read_checkpoint, read_json
+from shortcut.surgery.compare import compare_tensors
 from shortcut.surgery.cut import write_checkpoint, write_json
 from shortcut.surgery.stage import RECORD, check_target, staged
 from shortcut.tuning import Patient, Step, Tuning, train_checkpoint
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from shortcut.publish.healed import HealReport
     from shortcut.scoring.pictures import Material
 
-SAMPLES = (64, 2048)  # sequences to fit, and to train on at most, where --samples does not say
-HELDOUT_SAMPLES = {"text": 16, "images": 64}
+SAMPLES = (64, 2048)  # sequences to fit on, and to train on at most, where --samples does not say
 
 
 @partial(with_presets, presets=HEAL_PRESETS)
@@ -89,13 +88,14 @@ def heal(
     given = dict(locals())
     from shortcut.publish.healed import describe_healed
 
-    methods, target = check_methods(method, keep_adapter=keep_adapter), Path(out)
+    methods, target = check_methods(method, keep_adapter=keep_adapter), Path(os.path.realpath(out))
     training: dict[str, Any] = {"minutes": minutes, "tokens": tokens, "epochs": epochs, "learning_rate": learning_rate}
     training |= {"rank": rank, "alpha": alpha, "dropout": dropout, "tune": tune, "full": full, "bf16": bf16}
     training |= {"temperature": temperature, "match": match, "top_k": top_k, "accumulate": accumulate, "seed": seed}
     training |= {"batch_size": batch_size, "patience": patience, "gradient_checkpointing": gradient_checkpointing}
     tuning = Tuning(distill="distill" in methods, keep_adapter=keep_adapter, **training)
     tuning.check()
+    _check_meant(given, methods)
     check_target(target, overwrite=overwrite, base=Path(short))
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     loading = {"device": device, "dtype": dtype, **trust}
@@ -104,19 +104,18 @@ def heal(
     source = Source(data, split, column, chat_template)
     text: dict[str, Any] = {"length": length, "by_document": by_document, "images": bool(plan.frozen)}
     take: Any = partial(runs.take_text, cut, **text, **trust)
-    unseen = take(replace(source, data=heldout), HELDOUT_SAMPLES["images" if plan.frozen else "text"], seed=0)
+    unseen = runs.take_unseen(cut, replace(source, data=heldout), length=length, images=text["images"], **trust)
     asked = () if questions == "none" or plan.frozen else _read_questions(cut, questions, **trust)
     steps: list[Step] = []
     for step in methods:
-        taken = take(source, samples or SAMPLES[step in TRAINED], seed=seed, fewer=samples is None)
+        taken = take(source, samples or SAMPLES[step in TRAINED], seed=seed, fewer=step in TRAINED)
         if step in FITTED:
             steps.append(_fit(patient, step, taken, objective, offload=offload))
         else:
-            state = target.with_name(f"{target.name}.training")
-            steps.append(train_checkpoint(patient, tuning, taken, steps[-1].changed if steps else {}, state))
+            steps.append(train_checkpoint(patient, tuning, taken, steps[-1].changed if steps else {}, target))
     if not is_writer():
         raise SystemExit  # the others have done their part
-    with staged(target, overwrite=overwrite, base=cut.folder, size=cut.size) as stage:
+    with staged(target, overwrite=overwrite, base=cut.folder, size=2 * cut.size) as stage:
         healed = replace(_write(patient, steps, stage), name=str(out))
         report = _report(patient, steps, healed, unseen, asked, timed=not offload)
         report = describe_healed(patient.base, plan, cut, healed, report, spell_out(heal, given))
@@ -124,7 +123,7 @@ def heal(
     return report
 
 
-def check_methods(text: str, *, keep_adapter: bool = False) -> tuple[Method, ...]:
+def check_methods(text: str, *, keep_adapter: bool = False, trains_for: float | None = None) -> tuple[Method, ...]:
     """Read "fold,distill": one that is fitted, one that is trained, or the one and then the other."""
     known: tuple[Method, ...] = (*FITTED, *TRAINED)
     methods = tuple(name for word in text.split(",") for name in known if name == word.strip())
@@ -137,11 +136,27 @@ def check_methods(text: str, *, keep_adapter: bool = False) -> tuple[Method, ...
         raise ShortcutError(
             f"--method {text}: one of {', '.join(FITTED)}, then one of {', '.join(TRAINED)}, or one alone"
         )
+    if trains_for is not None and "train" not in kinds:
+        raise ShortcutError(f"--minutes is how long {' and '.join(TRAINED)} train, and {text} trains nothing")
     if keep_adapter and "fit" in kinds:
         raise ShortcutError(f"--keep-adapter is for {' and '.join(TRAINED)} alone: heal by {methods[0]} first")
     if "fit" in kinds and are_several():
         raise ShortcutError(f"{methods[0]} runs in one process: heal by it first, and train what it gave in several")
     return methods
+
+
+def _check_meant(given: Mapping[str, Any], methods: Sequence[Method]) -> None:
+    """Raise ShortcutError for options of methods that are not asked for, and for a device in several processes."""
+    own: dict[str, tuple[Method, ...]] = dict.fromkeys((field.name for field in fields(Tuning)), TRAINED)
+    own |= {"objective": ("fold",), "offload": FITTED}
+    shared = {"seed", "batch_size"}
+    for name, option in options_of(heal).items():
+        if name in own and name not in shared and given[name] != option.default and not set(own[name]) & set(methods):
+            raise ShortcutError(f"{option.flag} is for --method {' or '.join(own[name])}")
+    if given["offload"] and set(methods) & set(TRAINED):
+        raise ShortcutError("--offload is for what trains nothing")
+    if are_several() and given["device"] != "auto":
+        raise ShortcutError("several processes take a device each: leave out --device")
 
 
 def _admit(
@@ -167,17 +182,19 @@ def _admit(
     if methods[0] in FITTED and read_healed(folder):
         raise ShortcutError(f"{folder} was healed already: {methods[0]} takes the checkpoint that it was made from")
     with writer_first():  # it may have to fetch or convert
-        original = open_model(base or plan.base.model, revision or plan.base.revision, quiet=quiet)
+        original = runs.open_base(plan, base, revision, quiet=quiet)
+    compare_tensors(cut, original, plan, read_healed(folder))  # of what is changed, nobody could tell afterwards
     return Patient(cut, original, plan, batch_size, loading, quiet)
 
 
 def _read_questions(cut: Checkpoint, questions: str, **trust: bool) -> "tuple[Choice, ...]":
     """Multiple-choice questions that the model can be asked. Raises ShortcutError for others."""
     from shortcut.checking.choices import check_choices, read_choices
-    from shortcut.live import load_tokenizer
+    from shortcut.live import load_config, load_tokenizer
 
     found = read_choices(questions)
-    limit = text_config(cut.config)[1].get("max_position_embeddings")
+    code = cut.folder if "auto_map" in cut.config else None
+    limit = getattr(load_config(cut.config, code).get_text_config(), "max_position_embeddings", None)
     check_choices(load_tokenizer(cut.folder, **trust), found, limit)
     return found
 
@@ -214,7 +231,7 @@ def _write(patient: Patient, steps: Sequence[Step], folder: Path) -> Checkpoint:
 
     cut = patient.cut
     changed = {name: values for step in steps for name, values in step.changed.items()}
-    with TemporaryDirectory(prefix="shortcut-") as scratch:
+    with TemporaryDirectory(prefix=".shortcut-", dir=folder.parent) as scratch:
         changes = with_tensors(cut, changed, Path(scratch) / "changed.safetensors")
         with byte_bar(cut.size, "writing", quiet=patient.quiet) as advance:
             written = write_checkpoint(changes, Plan.dropping(cut.base, ()), dict(cut.config), folder, advance=advance)

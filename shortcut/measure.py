@@ -207,8 +207,7 @@ def check(
         raise ShortcutError(f"{folder} has no record ({RECORD}) of what was dropped from {base}")
     original = None
     if carried_out is not None:
-        known = carried_out.base.revision if base is None else None  # of another copy, it says nothing
-        original = open_model(base or carried_out.base.model, revision or known, quiet=quiet)
+        original = runs.open_base(carried_out, base, revision, quiet=quiet)
     text: dict[str, Any] = {"length": length, "seed": seed, "by_document": by_document}
     text["images"] = carried_out is not None and bool(carried_out.frozen)
     source = Source(data, split, column, chat_template)

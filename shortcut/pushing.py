@@ -11,7 +11,6 @@ from shortcut.progress import say
 from shortcut.publish.push import Pushed, check_way, files_to_push, records_to_push, upload
 from shortcut.records.plan import Plan
 from shortcut.scoring.documents import Source
-from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import Checkpoint, read_checkpoint
 from shortcut.surgery.stage import RECORD
 from shortcut.text import format_size
@@ -110,7 +109,7 @@ def push(
 
 def _open_base(plan: Plan, base: str | None, *, quiet: bool) -> Checkpoint:
     """The base to compare with. A copy in a folder, once it was compared, is as good as the model that a plan names."""
-    opened = open_model(base or plan.base.model, None if base else plan.base.revision, quiet=quiet)
+    opened = runs.open_base(plan, base, None, quiet=quiet)
     if plan.base.on_hub and not opened.base.on_hub:
         return replace(opened, name=plan.base.model, revision=plan.base.revision)
     return opened

@@ -106,7 +106,9 @@ def run(recipe: Path, *, verify: bool = False, quiet: bool = False) -> Any:
 def _read_expected(entry: Any, command: Any, origin: str) -> dict[str, str | int]:
     """The outcome that a recipe expects: blocks by action, and what may be said of them. Raises ShortcutError."""
     if command not in PLANNING:
-        raise ShortcutError(f"{origin}: {command.__name__} chooses no blocks: expect goes with plan, cut, prune, freeze")
+        raise ShortcutError(
+            f"{origin}: {command.__name__} chooses no blocks: expect goes with plan, cut, prune, freeze"
+        )
     known: dict[str, Any] = {**dict.fromkeys(LISTED, str | int), "flops": str}
     if command is not commands.plan:  # which counts no weights
         known["parameters"] = int

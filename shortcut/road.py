@@ -1,6 +1,7 @@
 """The whole road in one call: score, plan, cut, check; from options (`prune`), or as a demo."""
 
 import importlib.util
+import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,11 +31,8 @@ if TYPE_CHECKING:
     from shortcut.choose.trials import Trials
     from shortcut.publish.healed import HealReport
     from shortcut.publish.report import Report
-    from shortcut.scoring.pictures import Material
 
 
-# When the result is checked: sequences of text, or questions about images; and tokens of a sequence at most.
-HELDOUT_SAMPLES, HELDOUT_LENGTH = {"text": 16, "images": 64}, 512
 DEMO_SHARE = 0.2  # of the blocks
 SPEED_RUNS = 5
 
@@ -136,7 +134,7 @@ def prune(
     pick_dtype(dtype, pick_device(device))
     for plan in request.foresee(base):
         report_cut(base, replace(plan, format=format), target, limit, written=False)
-    unseen = _take_unseen(base, replace(source, data=heldout), text)
+    unseen = runs.take_unseen(base, replace(source, data=heldout), length=length, images=images, **trust)
 
     text["by_document"] = by_document
     how: dict[str, Any] = {"text": text, "loading": {**loading, "offload": False}, "quiet": quiet}
@@ -153,34 +151,32 @@ def prune(
         return _describe(base, short, cut, checked, scores, trials, spell_out(prune, asked))
 
 
-def _take_unseen(base: Checkpoint, source: Source, text: dict[str, Any]) -> "Material":
-    """The text, or the questions about images, that base and result are compared on: always the same."""
-    fixed = text | {"length": min(text["length"], HELDOUT_LENGTH), "seed": 0}
-    return runs.take_text(base, source, HELDOUT_SAMPLES["images" if text["images"] else "text"], **fixed)
-
-
 def _prune_and_heal(asked: dict[str, Any]) -> PruneReport:
     """Prune into a folder beside OUT, heal from there into OUT, and remove it. asked: what `prune` was called with."""
     from shortcut.publish.report import write_report
 
     if asked["heal"] is None:
         raise ShortcutError("--minutes is how long --heal trains")
-    out, quiet = Path(asked["out"]), asked["quiet"]
+    out, quiet = Path(os.path.realpath(asked["out"])), asked["quiet"]
     between = out.with_name(f"{out.name}.cut")
-    healing.check_methods(asked["heal"])
-    check_target(out, overwrite=asked["overwrite"])
-    pruned = prune(**{**asked, "out": between, "heal": None, "minutes": None, "overwrite": True})
+    healing.check_methods(asked["heal"], trains_for=asked["minutes"])
+    for folder in (out, between):
+        check_target(folder, overwrite=asked["overwrite"])
+    pruned = prune(**{**asked, "out": between, "heal": None, "minutes": None})
     shared = ("data", "heldout", "split", "column", "chat_template", "length", "by_document", "seed", "batch_size")
     how = {name: asked[name] for name in (*shared, "device", "dtype", "overwrite", "trust_remote_code", "minutes")}
     try:
-        healed = healing.heal(between, out, base=pruned.cut.plan.base.model, method=asked["heal"], quiet=quiet, **how)
+        base = pruned.cut.plan.base
+        healed = healing.heal(between, asked["out"], base=base.model, method=asked["heal"], quiet=quiet, **how)
     except ShortcutError as error:
         raise ShortcutError(f"{error}; {between} holds the shortened checkpoint, not healed") from None
     shutil.rmtree(between)
     assert healed.page is not None
-    how = {**healed.page.how, "command": spell_out(prune, asked)}
-    write_report(out / "report.html", replace(healed.page, how=how))
-    return replace(pruned, healed=healed)
+    page = replace(healed.page, trials=pruned.trials, how={**healed.page.how, "command": spell_out(prune, asked)})
+    write_report(out / "report.html", page)
+    called = f"{asked['out']}, before it was healed,"
+    cut, check = replace(pruned.cut, out=called), replace(pruned.check, checkpoint=called)
+    return replace(pruned, cut=cut, check=check, page=page, healed=healed)
 
 
 def _describe(

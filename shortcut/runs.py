@@ -15,6 +15,7 @@ from shortcut.records.actions import Action, Move
 from shortcut.records.plan import Plan
 from shortcut.records.scores import Measured, Scores
 from shortcut.scoring.documents import Source
+from shortcut.sources import open_model
 from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.stage import check_file
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from shortcut.decoder import Decoder
     from shortcut.scoring.metrics import Metric
     from shortcut.scoring.pictures import Material
+
+
+# When a result is checked: sequences of text, or questions about images; and tokens of a sequence at most.
+HELDOUT_SAMPLES, HELDOUT_LENGTH = {"text": 16, "images": 64}, 512
 
 
 def check_files(out: Path | None, plot: Path | None) -> None:
@@ -60,6 +65,21 @@ def take_text(
         return make_pictures(processor, visual, source, samples=samples, seed=seed, fewer=fewer)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
     return make_calibration(tokenizer, source, samples=samples, seed=seed, fewer=fewer, **how)
+
+
+def take_unseen(
+    checkpoint: Checkpoint, source: Source, *, length: int, images: bool, trust_remote_code: bool
+) -> "Material":
+    """The text, or the questions about images, that a result is compared with its base on: always the same."""
+    samples = HELDOUT_SAMPLES["images" if images else "text"]
+    trust = {"trust_remote_code": trust_remote_code}
+    return take_text(checkpoint, source, samples, seed=0, length=min(length, HELDOUT_LENGTH), images=images, **trust)
+
+
+def open_base(plan: Plan, base: str | None, revision: str | None, *, quiet: bool) -> Checkpoint:
+    """What a plan says was cut, or another copy of it; of that, the plan's revision says nothing."""
+    known = plan.base.revision if base is None else None
+    return open_model(base or plan.base.model, revision or known, quiet=quiet)
 
 
 def start(checkpoint: Checkpoint, **how: Any) -> AbstractContextManager[Any]:

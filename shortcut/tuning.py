@@ -1,16 +1,19 @@
 """Healing by training: what is asked for, and one training from start to end."""
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortcut import runs
 from shortcut.errors import ShortcutError
+from shortcut.processes import add_up, share
 from shortcut.progress import say, track
 from shortcut.records.healing import Tune
 from shortcut.records.plan import Plan
-from shortcut.surgery.checkpoint import Checkpoint
+from shortcut.surgery.checkpoint import Checkpoint, read_json
+from shortcut.surgery.stage import RECORD
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +69,11 @@ class Tuning:
         if self.top_k and self.match:
             raise ShortcutError("--match needs the states of the base at every step, and --top-k is to do without them")
 
+    @property
+    def method(self) -> str:
+        """What it is called."""
+        return "distill" if self.distill else "lora"
+
     def pace(self, material: "Material") -> "Pace":
         """How long and how fast, given what there is to train on."""
         from shortcut.repair.train import Pace
@@ -115,9 +123,9 @@ class Step:
 
 
 def train_checkpoint(
-    patient: Patient, tuning: Tuning, material: "Material", changed: "Mapping[str, Tensor]", folder: Path
+    patient: Patient, tuning: Tuning, material: "Material", changed: "Mapping[str, Tensor]", out: Path
 ) -> Step:
-    """Train a shortened model from its weights with these changes; folder: where the state of the training goes.
+    """Train a shortened model from its weights with these changes; the state of the training goes beside `out`.
 
     Raises ShortcutError where its weights cannot be written back, and as `train` does.
     """
@@ -127,35 +135,68 @@ def train_checkpoint(
     from shortcut.repair.lora import adapt, check_kept
     from shortcut.repair.losses import Student
     from shortcut.repair.train import train
-    from shortcut.repair.write import check_changes, put_tensors
+    from shortcut.repair.write import check_changes, put_tensors, read_tensor
     from shortcut.scoring.pictures import Pictures
 
     cut, quiet = patient.cut, patient.quiet
     if isinstance(material, Pictures):
         material = material.with_answers()
     rest, aside = material.split(min(ASIDE_MOST, max(1, len(material.sequences) // ASIDE)))
-    frozen = "float32" if tuning.full else "bfloat16" if tuning.bf16 else patient.loading["dtype"]
-    model = load_model(cut.folder, **{**patient.loading, "dtype": frozen})
+    tuning, dtype = _pick_arithmetic(tuning, patient)
+    model = load_model(cut.folder, **{**patient.loading, "dtype": "float32" if tuning.full else dtype})
     put_tensors(model, cut, changed)
-    decoder = Decoder.of(model)
+    decoder, batches = Decoder.of(model), aside.batches(tuning.batch_size, model.device)
+    for option in ("match", "gradient_checkpointing"):
+        if getattr(tuning, option):
+            decoder.check_alone(f"--{option.replace('_', '-')}")
+    if batches[0].visual is not None:
+        decoder.check_images(batches[0])
     rank, alpha = (0 if tuning.full else tuning.rank), tuning.alpha or 2.0 * tuning.rank
     adapter = adapt(decoder, rank=rank, alpha=alpha, dropout=tuning.dropout, tune=tuning.tune, seed=tuning.seed)
     if tuning.keep_adapter:
-        check_kept(adapter, cut.config)
-    check_changes(cut, {cut.anatomy.join(*where): shape for where, shape in adapter.shapes.items()})
-    run = {**runs.identify(patient.base), "plan": patient.plan.to_dict(), "changed": sorted(changed), "data": rest.hash}
-    keeper = Keeper.open(folder, {**run, **tuning.depends_on()})
-    teacher = _teach(patient, tuning, rest, keeper) if tuning.distill else None
+        check_kept(adapter, cut.config, cut.folder if "auto_map" in cut.config else None)
+    names = {(block, name): cut.anatomy.join(block, f"{name}.weight") for block, name in adapter.projections}
+    check_changes(cut, {names[where]: shape for where, shape in adapter.shapes.items()})
+    keeper = Keeper.open(
+        out.with_name(f"{out.name}.training"), {**_identify(patient, changed), "data": rest.hash, **tuning.depends_on()}
+    )
+    teacher = _teach(patient, tuning, rest, keeper, dtype) if tuning.distill else None
     student = Student(decoder, teacher, recompute=tuning.gradient_checkpointing, bf16=tuning.bf16)
     say(f"training on {rest.tokens} tokens, with {aside.tokens} others set aside", quiet=quiet)
-    batches, pace = aside.batches(tuning.batch_size, model.device), tuning.pace(rest)
-    state = train(student, adapter.trained, rest, batches, pace, keeper, quiet=quiet)
-    weights = {cut.anatomy.join(*where): weight for where, weight in adapter.changed().items()}
-    record = {"method": "distill" if tuning.distill else "lora", **asdict(tuning), "data": material.record()}
-    return Step(weights, {**record, **asdict(state)}, (str(state),), adapter if tuning.keep_adapter else None, keeper)
+    state = train(student, adapter.trained, rest, batches, tuning.pace(rest), keeper, quiet=quiet)
+    old = {name: changed[name] if name in changed else read_tensor(cut, name) for name in names.values()}
+    weights = {name: adapter.new_weight(*where, old[name]).to(old[name].dtype) for where, name in names.items()}
+    record = {"method": tuning.method, **asdict(tuning), "data": material.record(), **asdict(state)}
+    return Step(weights, record, (f"{tuning.method}: {state}",), adapter if tuning.keep_adapter else None, keeper)
 
 
-def _teach(patient: Patient, tuning: Tuning, material: "Material", keeper: "Keeper") -> "Teacher | Notes":
+def _pick_arithmetic(tuning: Tuning, patient: Patient) -> tuple[Tuning, str]:
+    """Whether products are in bfloat16, and the type of what is not trained. Raises ShortcutError for float16.
+
+    On a GPU they are unless another type is asked for.
+    """
+    from shortcut.live import pick_device
+
+    asked = patient.loading["dtype"]
+    if asked == "float16":
+        raise ShortcutError("training in float16 loses small gradients: use --dtype bfloat16 or float32")
+    on_gpu = asked == "auto" and pick_device(patient.loading["device"]).type != "cpu"
+    bf16 = tuning.bf16 or on_gpu or asked == "bfloat16"
+    return replace(tuning, bf16=bf16), "bfloat16" if bf16 else "float32"
+
+
+def _identify(patient: Patient, changed: "Mapping[str, Tensor]") -> dict[str, Any]:
+    """What tells the weights that a training starts from: those of the base, the plan, and what was healed before."""
+    digest = hashlib.sha256()
+    for name in sorted(changed):
+        digest.update(name.encode() + changed[name].float().cpu().numpy().tobytes())
+    before = read_json(patient.cut.folder / RECORD).get("healed")
+    healed = None if before is None else {"healed": before, **runs.identify(patient.cut)}
+    found = {**runs.identify(patient.base), "plan": patient.plan.to_dict()}
+    return {**found, "start": [digest.hexdigest(), healed]}
+
+
+def _teach(patient: Patient, tuning: Tuning, material: "Material", keeper: "Keeper", dtype: str) -> "Teacher | Notes":
     """The base as a teacher; or where only its likeliest tokens count, what it says, noted on the disk."""
     import torch
 
@@ -163,17 +204,17 @@ def _teach(patient: Patient, tuning: Tuning, material: "Material", keeper: "Keep
     from shortcut.live import load_model
     from shortcut.repair.losses import Notes, Teacher
 
-    dtype = "bfloat16" if tuning.bf16 else patient.loading["dtype"]
     live = load_model(patient.base.folder, **{**patient.loading, "dtype": dtype}).requires_grad_(False)
     decoder = Decoder.of(live)
     if not tuning.top_k:
         return Teacher(decoder, patient.plan, tuning.temperature, tuning.match)
     folder, count = keeper.folder / "teacher", len(material.sequences)
     folder.mkdir(exist_ok=True)
+    batches = [range(start, min(start + tuning.batch_size, count)) for start in range(0, count, tuning.batch_size)]
     notes = Notes(folder, tuning.top_k, tuning.temperature)
-    for start in track(range(0, count, tuning.batch_size), "predictions of the base", quiet=patient.quiet):
-        places = range(start, min(start + tuning.batch_size, count))
+    for places in track(share(batches), "predictions of the base", quiet=patient.quiet):
         (batch,) = material.take(places).batches(len(places), live.device)
         with torch.autocast(live.device.type, torch.bfloat16, enabled=tuning.bf16):
             notes.take(decoder, places, batch)
+    add_up(torch.zeros(1))  # until all have noted theirs
     return notes

@@ -118,9 +118,9 @@ def run_tasks(
         for name in task.loaded["tasks"]:
             counts = {"version": found["versions"].get(name), "shots": found["n-shot"].get(name)}
             ran[name] = {**counts, "questions": found["n-samples"][name]["effective"]}
-    if len(figures) > 1:
+    if len(figures) > 1 and all(figure.share for figure in figures):
         mean = fmean(figure.value for figure in figures)
-        figures.append(Figure("mean of tasks", mean, share=all(figure.share for figure in figures)))
+        figures.append(Figure("mean of tasks", mean, share=True))
     return figures, ran
 
 

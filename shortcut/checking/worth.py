@@ -7,7 +7,9 @@ from typing import Any
 
 from shortcut.checking.choices import Choice, Chosen, answer_choices
 from shortcut.checking.speed import Speed, measure_speed
-from shortcut.live import load_model, load_tokenizer
+from shortcut.errors import ShortcutError
+from shortcut.live import LOADING_ERRORS, load_model, load_tokenizer
+from shortcut.progress import say
 
 PROMPT = 256  # tokens at most
 FORMS = {"questions right": ".1%", "prompt tokens/s": ".0f", "new tokens/s": ".1f"}
@@ -48,17 +50,22 @@ def measure_worth(
 ) -> Worth:
     """Ask the models in these folders the questions, by name, and time the first and the last, both in memory then.
 
-    loading: as for `load_model`.
+    loading: as for `load_model`. What a model cannot do, such as generate with a cache, or both in memory, is left out,
+    and said.
     """
-    answers, speeds = {}, {}
-    for name, folder in folders.items() if questions else ():
-        tokenizer = load_tokenizer(folder, trust_remote_code=loading["trust_remote_code"])
-        how: dict[str, Any] = {"batch_size": batch_size, "label": f"questions, {name}", "quiet": quiet}
-        answers[name] = answer_choices(load_model(folder, **loading), tokenizer, questions, **how)
-    if timed:
-        names = [*list(folders)[:1], *list(folders)[-1:]]
-        models = [load_model(folders[name], **loading) for name in names]
-        limit = getattr(models[0].config.get_text_config(decoder=True), "max_position_embeddings", None)
-        prompt = min(PROMPT, (limit or 2 * PROMPT) // 2)
-        speeds = dict(zip(names, measure_speed(models, prompt=prompt), strict=True))
-    return Worth(answers, speeds)
+    answers: dict[str, Chosen] = {}
+    speeds: dict[str, Speed] = {}
+    try:
+        for name, folder in folders.items() if questions else ():
+            tokenizer = load_tokenizer(folder, trust_remote_code=loading["trust_remote_code"])
+            how: dict[str, Any] = {"batch_size": batch_size, "label": f"questions, {name}", "quiet": quiet}
+            answers[name] = answer_choices(load_model(folder, **loading), tokenizer, questions, **how)
+        if timed:
+            names = [*list(folders)[:1], *list(folders)[-1:]]
+            models = [load_model(folders[name], **loading) for name in names]
+            limit = getattr(models[0].config.get_text_config(decoder=True), "max_position_embeddings", None)
+            prompt = min(PROMPT, (limit or 2 * PROMPT) // 2)
+            speeds = dict(zip(names, measure_speed(models, prompt=prompt), strict=True))
+    except (*LOADING_ERRORS, ShortcutError) as error:
+        say(f"not measured: {' '.join(str(error).split())[:200]}", quiet=False)
+    return Worth(answers if len(answers) == len(folders) else {}, speeds)

@@ -1,13 +1,13 @@
 """A checkpoint on its way to the Hub: may it go there, which files go, and in one line what went wrong."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from shortcut.errors import ShortcutError
 from shortcut.records.plan import Plan, format_plan, read_plan
@@ -15,6 +15,8 @@ from shortcut.records.scores import format_scores, read_scores
 from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from shortcut.surgery.stage import RECORD
 
+_STAYS = {"report.html", "adapter"}  # the page names paths of this machine; the adapter is a model of its own
+_PATH = re.compile(r"(^|[*,])(/[^,*]+)")  # alone, or in a list of texts with their weights
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pth?|ckpt|gguf|msgpack|h5|onnx|onnx_data|ot|tflite|index\.json)")
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN, to a token that may write"
 _AGAIN = "run the same command again: what has gone up is not sent twice"
@@ -32,13 +34,15 @@ class Pushed:
 def files_to_push(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
     """The files that make up a checkpoint, by their name in it, and the names of those that are left out.
 
-    Left out are weights that do not belong to it, which nothing has verified, and what is hidden or a cache.
+    Left out are weights that do not belong to it, which nothing has verified, and what is hidden, a cache, or for
+    people on this machine.
     """
     own, going, left = {file.path.name for file in checkpoint.files}, {}, []
     own |= set() if SINGLE in own else {INDEX}
     for path in sorted(checkpoint.folder.rglob("*")):
         inside = path.relative_to(checkpoint.folder)
-        if any(part.startswith(".") or part == "__pycache__" for part in inside.parts) or not path.is_file():
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in inside.parts)
+        if hidden or inside.parts[0] in _STAYS or not path.is_file():
             continue
         if _WEIGHTS.fullmatch(path.name) and str(inside) not in own:
             left.append(str(inside))
@@ -48,24 +52,29 @@ def files_to_push(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, .
 
 
 def records_to_push(folder: Path, base: Checkpoint) -> dict[str, bytes]:
-    """Plan, scores, record and page of a checkpoint, naming it and the base as others do: no path of this machine."""
+    """Plan, scores and record of a checkpoint, naming the base as others find it: no path of this machine."""
     shown = replace(base.base, model=base.base.title)
     record = read_json(folder / RECORD)
     plan, *before = [Plan.from_dict(plan, RECORD) for plan in (record["plan"], *record.get("lineage", []))]
     earlier = [replace(plan, base=replace(plan.base, model=plan.base.title)) for plan in before]
     record |= {"plan": replace(plan, base=shown).to_dict(), "lineage": [plan.to_dict() for plan in earlier]}
-    texts = {RECORD: json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
+    texts = {RECORD: json.dumps(_without_paths(record), indent=2, ensure_ascii=False) + "\n"}
     if (folder / "plan.yaml").exists():
-        texts["plan.yaml"] = format_plan(replace(read_plan(folder / "plan.yaml"), base=shown))
+        own = replace(read_plan(folder / "plan.yaml"), base=shown)
+        texts["plan.yaml"] = format_plan(Plan.from_dict(_without_paths(own.to_dict()), "plan.yaml"))
     if (folder / "scores.json").exists():
-        texts["scores.json"] = format_scores(replace(read_scores(folder / "scores.json"), base=shown))
-    if (folder / "report.html").exists():
-        page = (folder / "report.html").read_text(encoding="utf-8")
-        names = {base.base.model: shown.model, plan.base.model: shown.model, str(folder.resolve()): folder.name}
-        for path in filter(os.path.isabs, names):
-            page = page.replace(json.dumps(path)[1:-1], json.dumps(names[path])[1:-1])
-        texts["report.html"] = page
+        scores = replace(read_scores(folder / "scores.json"), base=shown)
+        texts["scores.json"] = format_scores(replace(scores, calibration=_without_paths(scores.calibration)))
     return {name: text.encode() for name, text in texts.items()}
+
+
+def _without_paths(value: Any) -> Any:
+    """Plain data with the name of the file in the place of every absolute path, such as those of texts."""
+    if isinstance(value, str):
+        return _PATH.sub(lambda match: match[1] + Path(match[2]).name, value)
+    if isinstance(value, Mapping):
+        return {key: _without_paths(each) for key, each in value.items()}
+    return [_without_paths(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def check_way(repository: str, *, private: bool, create_pr: bool) -> bool:

@@ -136,7 +136,9 @@ def solve(fitting: Sequence[Streams], objective: Objective = "least-squares") ->
     for streams in fitting:
         assert streams.added is not None
         mask = streams.batch.mask
-        added, missing = (each[mask].double() for each in (streams.added, streams.base - streams.short))
+        added, missing = (
+            each[mask].double() for each in (streams.added, streams.base.to(streams.short.device) - streams.short)
+        )
         gram, cross = gram + added.T @ added, cross + added.T @ missing
     unit = gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     changes = {ridge: torch.linalg.solve(gram + ridge * unit, cross) for ridge in RIDGES}

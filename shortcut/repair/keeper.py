@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,34 +23,21 @@ RUN, STATE, BEST = "run.json", "state.pt", "best.safetensors"
 
 @dataclass(frozen=True)
 class Keeper:
-    """A folder that holds the state of one training. Of several processes one writes, and all read."""
+    """A folder that holds the state of one training. Of several processes one writes, and all read.
+
+    All have to call its methods, in the same order.
+    """
 
     folder: Path
 
     @classmethod
     def open(cls, folder: Path, run: Mapping[str, Any]) -> "Keeper":
-        """Take a folder for a run, given plain data that names all that its weights depend on.
+        """Take a folder for a run, given plain data that tells it from others.
 
         Raises ShortcutError where it holds something else, or another run.
         """
-        run, file = json.loads(json.dumps(run)), folder / RUN
-        if file.exists():
-            try:
-                other = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                other = {}
-            if differing := sorted(key for key in run if not isinstance(other, dict) or other.get(key) != run[key]):
-                raise ShortcutError(
-                    f"{folder} holds the state of another training (of another {', '.join(differing)}):"
-                    " remove it, or name another OUT"
-                )
-        elif folder.exists() and any(folder.iterdir()):
-            raise ShortcutError(f"{folder}, where the state of the training goes, holds something else")
-        else:
-            with writer_first():
-                if is_writer():
-                    folder.mkdir(parents=True, exist_ok=True)
-                    write_text(file, json.dumps(run, indent=1))
+        with writer_first():
+            _take(folder, json.loads(json.dumps(run)))
         return cls(folder)
 
     @property
@@ -92,17 +79,40 @@ class Keeper:
 
     def _write(self, name: str, write: Any) -> None:
         """A file, whole or not at all."""
-        fresh = self.folder / f"{name}.partial"
         with writer_first():
-            if not is_writer():
-                return
-            try:
-                write(fresh)
-                os.replace(fresh, self.folder / name)
-            except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors say of a full disk
-                fresh.unlink(missing_ok=True)
-                reason = " ".join(str(error).split())[:120]
-                raise ShortcutError(f"cannot write {self.folder / name} ({reason}): {self.holds}") from None
+            if is_writer():
+                write_whole(self.folder / name, write, self.holds)
+
+
+def write_whole(path: Path, write: Callable[[Path], object], otherwise: str) -> None:
+    """Write a file whole or not at all. otherwise: what is said, beside the reason, where that fails."""
+    fresh = path.with_name(f"{path.name}.partial")
+    try:
+        write(fresh)
+        os.replace(fresh, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors say of a full disk
+        fresh.unlink(missing_ok=True)
+        raise ShortcutError(f"cannot write {path} ({' '.join(str(error).split())[:120]}): {otherwise}") from None
+
+
+def _take(folder: Path, run: dict[str, Any]) -> None:
+    """As `Keeper.open`, one process after the other, the writer first."""
+    file = folder / RUN
+    if file.exists():
+        try:
+            other = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            other = {}
+        if differing := sorted(key for key in run if not isinstance(other, dict) or other.get(key) != run[key]):
+            raise ShortcutError(
+                f"{folder} holds the state of another training (of another {', '.join(differing)}):"
+                " remove it, or name another OUT"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ShortcutError(f"{folder}, where the state of the training goes, holds something else")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(run, indent=1))
 
 
 def _copies(trained: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:

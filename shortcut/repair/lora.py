@@ -39,22 +39,16 @@ class Adapter:
 
     @property
     def shapes(self) -> dict[tuple[int, str], tuple[int, ...]]:
-        """Of all weights that change, by block and name inside the block."""
-        return {
-            (number, f"{name}.weight"): tuple(self._weight(number, name).shape) for number, name in self.projections
-        }
+        """Of all weights that change, by block and name of the projection."""
+        return {where: tuple(self._weight(*where).shape) for where in self.projections}
 
     @torch.no_grad()
-    def changed(self) -> dict[tuple[int, str], Tensor]:
-        """The new weights, in float32, by block and name inside the block."""
-        found = {}
-        for number, name in self.projections:
-            weight = self._weight(number, name).float()
-            if self.settings is not None:
-                module: Any = self.decoder.blocks[number].get_submodule(name)
-                weight = weight + module.get_delta_weight("default").float()
-            found[number, f"{name}.weight"] = weight
-        return found
+    def new_weight(self, number: int, name: str, old: Tensor) -> Tensor:
+        """What the weight of a projection has become, on the CPU. old: what it was, as it is stored."""
+        if self.settings is None:
+            return self._weight(number, name).float().cpu()
+        module: Any = self.decoder.blocks[number].get_submodule(name)
+        return old.float() + module.get_delta_weight("default").float().cpu()
 
     def _weight(self, number: int, name: str) -> nn.Parameter:
         module: Any = self.decoder.blocks[number].get_submodule(name)
@@ -121,11 +115,11 @@ def _inject(decoder: Decoder, names: Sequence[tuple[int, str]], seed: int, **how
     return LoraConfig(target_modules=[f"{path}.{each}" for each in targets], task_type="CAUSAL_LM", **how)
 
 
-def check_kept(adapter: Adapter, config: Mapping[str, Any]) -> None:
-    """Raise ShortcutError where PEFT would put the changes elsewhere in a model of this config.json."""
+def check_kept(adapter: Adapter, config: Mapping[str, Any], code: Path | None) -> None:
+    """Raise ShortcutError where PEFT would put the changes elsewhere in a model of this config.json; code: as there."""
     from peft import get_peft_model
 
-    empty = build_empty(config)
+    empty = build_empty(config, code)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         get_peft_model(empty, copy.deepcopy(adapter.settings))

@@ -5,6 +5,7 @@ Logits are large: those of a few rows are made, give their share of the loss and
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from shortcut.decoder import Batch, Decoder
 from shortcut.records.plan import Plan
+from shortcut.repair.keeper import write_whole
 from shortcut.scoring.sums import LOGITS_AT_ONCE
 
 # The loss of some rows, summed, given their log probabilities, (rows, vocabulary), and which of all rows they are.
@@ -124,9 +126,8 @@ class Notes:
         for row, place in enumerate(places):
             logs = decoder.predict(states[row][batch.predicted[row]]) / self.temperature
             values, ids = torch.log_softmax(logs, dim=-1).topk(min(self.known, logs.shape[-1]), dim=-1)
-            fresh = self._file(place).with_suffix(".partial")
-            save_file({"values": values.cpu(), "ids": ids.int().cpu()}, fresh)
-            fresh.replace(self._file(place))
+            kept = {"values": values.cpu(), "ids": ids.int().cpu()}
+            write_whole(self._file(place), partial(save_file, kept), "what was noted before is kept")
 
     def _file(self, place: int) -> Path:
         return self.folder / f"{place:07}.safetensors"

@@ -111,7 +111,10 @@ def measure(fitting: Sequence[Streams]) -> float:
     """
     ratios = []
     for streams in fitting:
-        before, after = (each[streams.batch.mask].float().norm(dim=-1) for each in (streams.short, streams.base))
+        before, after = (
+            each[streams.batch.mask].float().norm(dim=-1)
+            for each in (streams.short, streams.base.to(streams.short.device))
+        )
         ratios.append((after / before)[before > 0])
     return torch.cat(ratios).double().mean().item()
 

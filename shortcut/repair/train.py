@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from shortcut.decoder import Batch
 from shortcut.errors import ShortcutError
-from shortcut.processes import add_up, are_several, own_part
+from shortcut.processes import add_up, own_part
 from shortcut.progress import gauge, say
 from shortcut.repair.keeper import Keeper
 from shortcut.repair.losses import Student
@@ -48,7 +49,10 @@ class Pace:
 
 @dataclass(frozen=True)
 class State:
-    """How far training is. Losses are means over the tokens set aside; best_at: the step they were lowest after."""
+    """How far training is, the same for all processes. Losses are means over the tokens set aside.
+
+    first: before training; best: the lowest, and best_at the step after which; least: the lowest of those after it.
+    """
 
     step: int = 0
     sequences: int = 0
@@ -58,6 +62,7 @@ class State:
     waited: int = 0
     first: float = math.inf
     best: float = math.inf
+    least: float = math.inf
     best_at: int = 0
 
     def __str__(self) -> str:
@@ -69,11 +74,11 @@ class State:
         )
 
     def fraction(self, pace: Pace) -> float:
-        """The part of the budget that is used up; of several processes, on average."""
+        """The part of the budget that is used up."""
         used = 0.0 if pace.tokens is None else self.tokens / pace.tokens
         if pace.minutes is not None:
             used = max(used, self.seconds / 60 / pace.minutes)
-        return add_up(torch.tensor(used, dtype=torch.float64)).item() / own_part()[1] if are_several() else used
+        return used
 
 
 def train(
@@ -92,17 +97,15 @@ def train(
     """
     from accelerate import Accelerator
 
-    device = next(iter(trained.values())).device
-    accelerator: Any = Accelerator(cpu=device.type == "cpu", mixed_precision="no")  # as the student says
+    accelerator: Any = Accelerator(device_placement=False, mixed_precision="no")  # all is where it is to be
     optimizer: Any = torch.optim.AdamW(list(trained.values()), lr=pace.learning_rate, weight_decay=0.0)
     called, optimizer = accelerator.prepare(student, optimizer)
     state = State(**keeper.restore(trained, optimizer))
     if state.step:
         say(f"going on from step {state.step}", quiet=quiet)
     else:
-        loss = student.look(aside)
-        state = replace(state, first=loss, best=loss)
-    saved = time.monotonic()
+        state = _look_on(student, aside, state, pace, keeper, trained, quiet=True)
+    saved = state.seconds
     with gauge("training", quiet=quiet) as show:
         while (used := state.fraction(pace)) < 1 and state.waited < pace.patience:
             began = time.monotonic()
@@ -110,21 +113,19 @@ def train(
                 group["lr"] = pace.learning_rate * _rate(used)
             loss, tokens = _step(called, accelerator, optimizer, list(trained.values()), material, state, pace)
             if not math.isfinite(loss):
-                raise ShortcutError(
-                    f"the loss is {loss} at step {state.step + 1}: use a lower --learning-rate; {keeper.holds}"
-                )
+                step = state.step + 1
+                raise ShortcutError(f"the loss is {loss} at step {step}: use a lower --learning-rate; {keeper.holds}")
             state = _count(state, pace, tokens, began)
             show(min(1.0, state.fraction(pace)), f"loss {loss:.3f}")
-            if state.fraction(pace) * LOOKS >= state.looks + 1:
-                with accelerator.autocast():
-                    state = _look_on(student, aside, state, pace, keeper, trained, quiet=quiet)
+            due = state.fraction(pace) * LOOKS >= state.looks + 1
+            if due:
+                state = _look_on(student, aside, state, pace, keeper, trained, quiet=quiet)
+            if due or state.seconds - saved > SAVE_AFTER:
                 keeper.save(trained, optimizer, asdict(state))
-                saved = time.monotonic()
-            elif time.monotonic() - saved > SAVE_AFTER:
-                keeper.save(trained, optimizer, asdict(state))
-                saved = time.monotonic()
+                saved = state.seconds
     if not state.best_at:
-        before, after = (math.exp(min(loss, 700.0)) for loss in (state.first, state.best))
+        keeper.forget()  # whoever tries again starts anew
+        before, after = (math.exp(min(loss, 700.0)) for loss in (state.first, state.least))
         raise ShortcutError(
             f"training did not lower the perplexity of the text set aside ({before:.2f}, at best {after:.2f}):"
             " nothing is written"
@@ -149,7 +150,10 @@ def _step(
     state: State,
     pace: Pace,
 ) -> tuple[float, int]:
-    """One step; gives its mean loss and its number of tokens, over all processes."""
+    """One step; gives its mean loss and its number of tokens, over all processes.
+
+    Where loss or gradients are not finite, no weight changes, and the loss is not finite.
+    """
     number, several = own_part()
     torch.manual_seed(hash((pace.seed, state.step, number)))
     called.train()
@@ -162,9 +166,11 @@ def _step(
         loss += part.detach().float().cpu()
         tokens += int(batch.mask.sum())
     loss = add_up(loss) / several
-    if loss.isfinite():
-        accelerator.clip_grad_norm_(weights, CLIP)
+    norm = accelerator.clip_grad_norm_(weights, CLIP)  # of what all processes added up
+    if loss.isfinite() and norm.isfinite():
         optimizer.step()
+    elif loss.isfinite():
+        loss = loss * torch.inf
     optimizer.zero_grad()
     return loss.item(), int(add_up(torch.tensor(tokens)))
 
@@ -179,6 +185,7 @@ def _own_places(count: int, start: int, pace: Pace) -> Iterator[list[int]]:
         yield sorted(order(count, pace.seed, time)[place] for time, place in chosen)
 
 
+@lru_cache(maxsize=2)
 def order(count: int, seed: int, time: int) -> list[int]:
     """In which order sequences come when all are gone through for the first time, 0, or a later one."""
     return random.Random(f"{seed} {time}").sample(range(count), count)
@@ -190,8 +197,13 @@ def _count(state: State, pace: Pace, tokens: int, began: float) -> State:
         step=state.step + 1,
         sequences=state.sequences + pace.batch_size * pace.accumulate * own_part()[1],
         tokens=state.tokens + tokens,
-        seconds=state.seconds + time.monotonic() - began,
+        seconds=state.seconds + _agree(time.monotonic() - began),
     )
+
+
+def _agree(value: float) -> float:
+    """The mean over all processes: whatever they decide by, they decide alike."""
+    return add_up(torch.tensor(value, dtype=torch.float64)).item() / own_part()[1]
 
 
 def _look_on(
@@ -204,16 +216,19 @@ def _look_on(
     *,
     quiet: bool,
 ) -> State:
-    """Look at the text set aside, and keep the weights if they are the best so far."""
+    """Look at the text set aside, and keep the weights if they are the best so far; the first look is to compare."""
     began = time.monotonic()
-    loss, used = student.look(aside), state.fraction(pace)
-    state = replace(state, looks=int(used * LOOKS))
-    before, now = (math.exp(min(each, 700.0)) for each in (state.first, loss))
-    aloud = f"{min(used, 1):.0%} of the budget: perplexity {now:.2f} on the text set aside, {before:.2f} at first"
-    say(aloud, quiet=quiet)
-    if loss < state.best:
+    loss, used = _agree(student.look(aside)), state.fraction(pace)
+    if not state.step:
+        state = replace(state, first=loss, best=loss)
+    elif loss < state.best:
         keeper.keep_best(trained)
         state = replace(state, best=loss, best_at=state.step, waited=0)
     else:
         state = replace(state, waited=state.waited + 1)
-    return replace(state, seconds=state.seconds + time.monotonic() - began)
+    before, now = (math.exp(min(each, 700.0)) for each in (state.first, loss))
+    aloud = f"{min(used, 1):.0%} of the budget: perplexity {now:.2f} on the text set aside, {before:.2f} at first"
+    say(aloud, quiet=quiet)
+    least = min(state.least, loss) if state.step else state.least
+    seconds = state.seconds + _agree(time.monotonic() - began)
+    return replace(state, looks=int(used * LOOKS), least=least, seconds=seconds)

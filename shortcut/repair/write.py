@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +27,10 @@ def with_tensors(checkpoint: Checkpoint, changed: Mapping[str, Tensor], scratch:
     check_changes(checkpoint, {name: tuple(values.shape) for name, values in changed.items()})
     dtypes = {name: DTYPES[checkpoint.tensors[name].dtype] for name in changed}
     stored = {name: values.to(dtypes[name]).contiguous().cpu() for name, values in changed.items()}
-    save_file(stored, scratch)
+    try:
+        save_file(stored, scratch)
+    except (OSError, SafetensorError) as error:
+        raise ShortcutError(f"cannot write {scratch}: {' '.join(str(error).split())[:120]}") from None
     new = {tensor.name: tensor for tensor in read_header(scratch).tensors}
     files = tuple(
         replace(file, tensors=tuple(new.get(tensor.name, tensor) for tensor in file.tensors))
@@ -42,6 +46,12 @@ def check_changes(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]])
         if old is None or old.dtype not in DTYPES or old.shape != shape:
             what = "has no tensor" if old is None else f"stores as {old.dtype} {old.shape}"
             raise ShortcutError(f"{checkpoint.name} {what} {name}, which is to be changed")
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor of a checkpoint, as it is stored."""
+    with safe_open(checkpoint.tensors[name].file, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def put_tensors(model: Model, checkpoint: Checkpoint, changed: Mapping[str, Tensor]) -> None:
