@@ -19,7 +19,7 @@ FLOORS = [
     {"decoder"},
     {"surgery", "scoring"},
     {"choose", "checking", "repair"},
-    {"publish", "conversion"},
+    {"publish", "conversion", "speech"},
     {"sources"},
     {"commands", "talk"},
     {"runs"},
