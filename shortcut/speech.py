@@ -3,15 +3,13 @@
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 from shortcut.live import Model, load_processor, load_tokenizer
-from shortcut.records.plan import Plan
-from shortcut.surgery.preview import preview
 
 Message = dict[str, Any]  # role and content, as chat templates take them
 
@@ -49,12 +47,12 @@ def speak(
     *,
     new_tokens: int,
     temperature: float = 0.0,
-    plan: Plan | None = None,
+    meanwhile: AbstractContextManager[Any] | None = None,
 ) -> Iterator[Piece]:
     """What a model says next, the last piece being without text; it stops when nobody takes the pieces any more.
 
-    temperature: 0 for the likeliest tokens, above that tokens are drawn at random. plan: what happens to the blocks
-    meanwhile. Raises ShortcutError as `preview` does.
+    temperature: 0 for the likeliest tokens, above that tokens are drawn at random. meanwhile: what holds while a model
+    runs, such as a preview; whatever that raises is raised here.
     """
     from transformers import TextIteratorStreamer
 
@@ -73,7 +71,7 @@ def speak(
         return unheard.is_set()
 
     def generate() -> None:
-        with preview(model, plan) if plan else nullcontext():
+        with meanwhile or nullcontext():
             options: dict[str, Any] = {"max_new_tokens": new_tokens, "stopping_criteria": [note], **sampling}
             model.generate(**inputs, streamer=streamer, **options)
 

@@ -60,6 +60,7 @@ def chat(
     from shortcut.live import load_model
     from shortcut.scoring.pictures import open_image
     from shortcut.speech import ask, load_reader, speak
+    from shortcut.surgery.preview import preview
 
     if new_tokens < 1:
         raise ShortcutError(f"--new-tokens {new_tokens} is not a positive number")
@@ -81,7 +82,8 @@ def chat(
     for line in [prompt] if prompt is not None else _lines(voices, quiet=quiet):
         messages.append(ask(line, images=sees and not messages, parts=sees))
         answer = ""
-        for piece in speak(voices.model, reader, messages, pictures, new_tokens=new_tokens, plan=voices.plan):
+        meanwhile = preview(voices.model, voices.plan) if voices.plan else None
+        for piece in speak(voices.model, reader, messages, pictures, new_tokens=new_tokens, meanwhile=meanwhile):
             print(piece.text, end="", flush=True)
             answer += piece.text
         print(flush=True)
