@@ -75,7 +75,7 @@ def compare(
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise ShortcutError where nothing can be served: the port is taken, say, or the host is another machine."""
+    """Raise ShortcutError where nothing can be served: where the port is taken, or the host is another machine."""
     try:
         with socket.create_server((host, port)):
             pass
@@ -118,10 +118,10 @@ def build_page(columns: Mapping[str, "Column"]) -> Any:
             temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: the likeliest tokens)", min_width=240)
         cells = []
         with gr.Row():
-            for each in (*columns, PREVIEW):
+            for title, column in (*columns.items(), (PREVIEW, None)):
                 with gr.Column(min_width=240):
-                    text = gr.Textbox(label=each, lines=6, max_lines=24, interactive=False, elem_classes="answer")
-                    cells += [text, gr.Markdown(note(columns.get(each)), elem_classes="note")]
+                    text = gr.Textbox(label=title, lines=6, max_lines=24, interactive=False, elem_classes="answer")
+                    cells += [text, gr.Markdown(note(column), elem_classes="note")]
         blocks = [str(block) for block in range(first.checkpoint.base.blocks)]
         drop = gr.CheckboxGroup(blocks, label=f"Blocks of {name} that the preview leaves out", elem_id="drop")
 
@@ -137,14 +137,14 @@ def build_page(columns: Mapping[str, "Column"]) -> Any:
 
 
 def _answering(asked: Sequence["Column"], first: "Column") -> Callable[..., Iterator[list[str]]]:
-    """`fill` for the page, which shows mistakes."""
+    """`fill` for the page, which says for a moment what is wrong."""
     import gradio
 
     def run(*given: Any) -> Iterator[list[str]]:
         try:
             yield from fill(asked, first, *given)
         except ShortcutError as error:
-            raise gradio.Error(str(error), print_exception=False) from None
+            gradio.Warning(str(error))
 
     return run
 
