@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shortcut.commands import inspect as inspect
     from shortcut.commands import metrics as metrics
     from shortcut.commands import plan as plan
+    from shortcut.comparing import compare as compare
     from shortcut.demos import demo as demo
     from shortcut.errors import ShortcutError as ShortcutError
     from shortcut.evaluation import eval as eval  # noqa: A004  (the word on the command line)
@@ -47,6 +48,7 @@ _HOME = {
     **dict.fromkeys(("cut", "diff", "families", "inspect", "metrics", "plan"), "shortcut.commands"),
     **dict.fromkeys(("check", "score", "sweep"), "shortcut.measure"),
     "chat": "shortcut.talk",
+    "compare": "shortcut.comparing",
     "demo": "shortcut.demos",
     "eval": "shortcut.evaluation",
     "freeze": "shortcut.freezing",

@@ -26,6 +26,7 @@ import fire
 from shortcut import (
     __version__,
     commands,
+    comparing,
     demos,
     evaluation,
     freezing,
@@ -58,6 +59,7 @@ COMMANDS: dict[str, Command] = {
         timing.speed,
         pushing.push,
         talk.chat,
+        comparing.compare,
         measure.sweep,
         commands.diff,
         commands.metrics,
@@ -139,7 +141,7 @@ def _parse(words: list[str]) -> Callable[[], Any]:
         with contextlib.redirect_stderr(io.StringIO()):
             fire.Fire({words[0]: note}, [words[0], *_spell_out(words[1:], options)], "shortcut", lambda _: None)
     except fire.core.FireExit as stop:
-        raise UsageError(_reason(stop.trace.elements[-1].ErrorAsStr())) from None
+        raise UsageError(_reason(stop.trace.elements[-1].ErrorAsStr(), _usage(words[0], options))) from None
     return calls[0]
 
 
@@ -170,10 +172,14 @@ def _spell_out(words: Sequence[str], options: dict[str, Option]) -> list[str]:
     return spelt
 
 
-def _reason(complaint: str) -> str:
+def _reason(complaint: str, usage: str) -> str:
     """What fire found wrong, in the words of this command line."""
     what, _, word = complaint.rpartition(": ")
-    return f"{word.upper()} is missing" if "required" in what else f"unexpected argument {word!r}"
+    return f"{word.upper()} is missing" if "required" in what else f"unexpected argument {word!r} to {usage}"
+
+
+def _usage(name: str, options: dict[str, Option]) -> str:
+    return " ".join([name, *(_placeholder(option) for option in options.values() if option.positional), "[options]"])
 
 
 def _overview() -> str:
@@ -197,8 +203,7 @@ def _summary(command: Command) -> str:
 
 def _help(command: Command) -> str:
     options = options_of(command)
-    words = [_placeholder(option) for option in options.values() if option.positional]
-    usage = f"usage: shortcut {command.__name__} {' '.join(words)} [options]"
+    usage = f"usage: shortcut {_usage(command.__name__, options)}"
     width = max(60, min(shutil.get_terminal_size().columns, 110))
     lines = [usage, "", textwrap.dedent("    " + (command.__doc__ or "")).strip(), ""]
     for option in options.values():

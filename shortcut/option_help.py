@@ -93,6 +93,9 @@ OPTION_HELP = {
     "outcome but the one that the recipe expects for a failure",
     "one": "a folder, a Hub id or a .gguf file",
     "other": "another one",
+    "port": "where the page is served",
+    "host": "the address that serves the page; 0.0.0.0 for anybody in the network",
+    "open": "open the page in the browser",
     "no_guard": "skip building both models without weights, which imports torch; for families proven before",
     "max_shard_size": "split the weights into files of at most this size, such as 5GB; otherwise as the base is split",
     "questions": "multiple-choice questions: a .jsonl file of question, choices and answer (the number of the right "

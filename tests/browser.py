@@ -60,12 +60,12 @@ class Browser:
                 self.requests.append(found["request"]["url"])
         return message
 
-    def open(self, path: Path, width: int = 900, *, dark: bool = False) -> None:
-        """Show a file at a width, in light or dark colours, and wait until it is there."""
+    def open(self, path: Path | str, width: int = 900, *, dark: bool = False) -> None:
+        """Show a file or an address at a width, in light or dark colours, and wait until it is there."""
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.ask("Emulation.setEmulatedMedia", features=scheme)
-        self.ask("Page.navigate", url=path.resolve().as_uri())
+        self.ask("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
         while self.hear().get("method") != "Page.loadEventFired":
             pass
 
