@@ -65,11 +65,11 @@ def eval(  # noqa: A001  (the word on the command line)
 
     pick_dtype(dtype, pick_device(device))
     runs.check_files(out, None)
+    asked = _take_questions(questions, limit, seed)
     if shots is not None and not tasks:
         raise ShortcutError("--shots is for --tasks")
     if limit is not None and not tasks and questions == "none":
         raise ShortcutError("--limit is for --tasks and --questions")
-    asked = _take_questions(questions, limit, seed)
     checkpoints = [open_model(model, revision, quiet=quiet), *([open_model(base, quiet=quiet)] if base else [])]
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     source, text = Source(data, split, column, chat_template), {"length": length, "seed": seed, **trust}

@@ -115,9 +115,9 @@ def _read_expected(entry: Any, command: Any, origin: str) -> dict[str, str | int
     sound = isinstance(entry, dict) and any(action in entry for action in LISTED)
     if not sound or not all(name in known and isinstance(value, known[name]) for name, value in entry.items()):
         raise ShortcutError(f"{origin}: expect has {', '.join(known)}, as in {{drop: 21-29}}, not {entry!r}")
-    if not _FLOPS.fullmatch(entry.get("flops", "1% of 1+1")):
-        form = "the share that is left, of a prompt of tokens of text and of images: 55.2% of 64+576"
-        raise ShortcutError(f"{origin}: cannot read flops {entry['flops']!r}: write {form}")
+    if "flops" in entry and ("freeze-visual" not in entry or not _FLOPS.fullmatch(entry["flops"])):
+        form = "the share left of a prompt of tokens of text and of images, as in 55.2% of 64+576"
+        raise ShortcutError(f"{origin}: flops goes with freeze-visual, and is {form}, not {entry['flops']!r}")
     try:
         return {
             name: format_blocks(parse_blocks(str(value))) if name in LISTED else value for name, value in entry.items()
@@ -138,5 +138,6 @@ def _find(report: Plan | CutReport | PruneReport, expected: Mapping[str, str | i
     if match := _FLOPS.fullmatch(str(expected.get("flops"))):
         base = open_model(plan.base.model, plan.base.revision, weights=False, quiet=True)
         saved = prefill(text_config(base.config)[1], plan.frozen, int(match[1]), int(match[2]))
-        found["flops"] = f"{saved.frozen / saved.dense:.1%} of {match[1]}+{match[2]}"
+        share = saved.frozen / saved.dense - len(plan.dropped) / plan.base.blocks
+        found["flops"] = f"{share:.1%} of {match[1]}+{match[2]}"
     return found

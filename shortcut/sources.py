@@ -52,8 +52,6 @@ def open_model(
     path = Path(model).expanduser()
     if str(model) == TINY_VISION and not path.exists():
         path = Path(EMBEDDED_VISION)
-    if str(model) == TINY_VISION and not path.exists():
-        path = Path(EMBEDDED_VISION)
     if revision is not None and path.exists():
         raise ShortcutError(f"{path} has no revisions: --revision is for models of the Hub")
     if path.suffix == ".gguf":

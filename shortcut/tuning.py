@@ -149,7 +149,7 @@ def train_checkpoint(
     for option in ("match", "gradient_checkpointing"):
         if getattr(tuning, option):
             decoder.check_alone(f"--{option.replace('_', '-')}")
-    if batches[0].visual is not None:
+    if batches[0].visual is not None and decoder.fault is None:
         decoder.check_images(batches[0])
     rank, alpha = (0 if tuning.full else tuning.rank), tuning.alpha or 2.0 * tuning.rank
     adapter = adapt(decoder, rank=rank, alpha=alpha, dropout=tuning.dropout, tune=tuning.tune, seed=tuning.seed)

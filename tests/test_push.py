@@ -103,7 +103,7 @@ def test_pushed_loaded_and_cut_again(
     report = json.loads(capsys.readouterr().out)
     assert (report["to"]["url"], report["left_out"]) == (f"{hub.url}/org/short", ["old.safetensors"])
     remote = hub.repositories["org/short"]
-    going = {path.name for path in short.iterdir()} - {".notes", "old.safetensors"}
+    going = {path.name for path in short.iterdir()} - {".notes", "old.safetensors", "report.html"}
     assert {name for name, _ in report["files"]} == {path.name for path in remote.iterdir()} == going
     for name in going - {"README.md"}:
         assert (remote / name).read_bytes() == (short / name).read_bytes()

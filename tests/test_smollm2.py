@@ -117,7 +117,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     for name in ("prompt tokens/s", "new tokens/s"):
         assert all(float(number) > 0 for number in rows[name][2:])
     assert [line for line in printed.splitlines() if line][:2][0].split() == ["block", "block-influence", "angular"]
-    code = "\n".join(printed.strip().splitlines()[-2:])
+    code = "\n".join(printed.strip().splitlines()[-4:-2])
     subprocess.run([sys.executable, "-c", f"{code}\nassert len(model.model.layers) == 24"], check=True, cwd=tmp_path)
     assert main(["check", "smollm2-short", "--quiet"]) == 0
     assert "all 227 MB equal to the base's" in capsys.readouterr().out
@@ -228,10 +228,11 @@ def test_folding_wins_back_perplexity(base: Path, tmp_path: Path) -> None:
     """7 of 30 blocks: on prose that neither fitted nor decided anything, the healed model is far better."""
     text: dict[str, Any] = {"samples": 32, "length": 128, "quiet": True}
     shortcut.cut(base, tmp_path / "short", drop="12-18", quiet=True)
-    report = shortcut.heal(tmp_path / "short", tmp_path / "out", **text)
+    report = shortcut.heal(tmp_path / "short", tmp_path / "out", questions="none", **text)
     assert report.check.perplexity_base is not None
     assert report.check.perplexity is not None
-    assert report.check.perplexity_base < report.check.perplexity < 0.9 * report.perplexity_cut
+    assert report.cut.perplexity is not None
+    assert report.check.perplexity_base < report.check.perplexity < 0.9 * report.cut.perplexity
     assert report.check.healed == ("model.layers.11.mlp.down_proj.weight",)
     assert report.check.logit_difference is not None
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
