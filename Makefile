@@ -9,10 +9,10 @@ demo: $(READY)            ## shorten the embedded model by a fifth and show what
 	$(BIN)/shortcut demo --overwrite
 
 test: $(READY)            ## every test
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --cov --cov-report term-missing:skip-covered
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report term-missing:skip-covered
 
 quick: $(READY)           ## the tests that need no real weights
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 check: lint types test    ## what has to be green before a change goes in
 
