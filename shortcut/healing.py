@@ -222,7 +222,7 @@ def _fit(patient: Patient, method: Method, material: "Material", objective: Obje
     if not fits:
         raise ShortcutError(f"nothing that {method} can do lowers the perplexity: nothing is written")
     record = {"method": method, "fits": [fit.record() for fit in fits], "data": material.record()}
-    return Step(names_in(patient.cut, plan, changed), record, tuple(map(str, fits)))
+    return Step(names_in(patient.cut, plan, changed), record, tuple(f"{method}: {fit}" for fit in fits))
 
 
 def _write(patient: Patient, steps: Sequence[Step], folder: Path) -> Checkpoint:

@@ -112,6 +112,7 @@ def test_one_after_the_other(short: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(fold, "_perplexity", lambda *how: 2.0 if how[-1] is None else 1.0)  # of random weights all bad
     both = shortcut.heal(short, tmp_path / "both", method="fold,distill", **TEXT)
     assert both.methods == ("fold", "distill")
+    assert [line.partition(":")[0] for line in both.changes] == ["fold", "fold", "distill"]
     fitting = {name: value for name, value in TEXT.items() if name not in ("learning_rate", "rank")}
     shortcut.heal(short, tmp_path / "first", method="fold", **fitting)
     shortcut.heal(tmp_path / "first", tmp_path / "second", method="distill", **TEXT)

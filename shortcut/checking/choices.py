@@ -23,6 +23,7 @@ from shortcut.errors import ShortcutError
 from shortcut.live import Model, device_of
 from shortcut.progress import track
 from shortcut.scoring.calibration import leading_bos, pad, tokenise
+from shortcut.scoring.documents import read_text
 
 QUESTION_FIELDS, ANSWER_FIELDS = ("question", "goal", "query", "ctx"), ("answer", "label")
 Z = NormalDist().inv_cdf(0.975)  # of a 95 % interval
@@ -111,14 +112,7 @@ def read_choices(source: str, samples: int | None = None, seed: int = 0) -> tupl
     a file or line that is not so.
     """
     path = Path(str(files("shortcut").joinpath("data", "questions.jsonl"))) if source == "default" else Path(source)
-    try:
-        lines = list(enumerate(path.read_text(encoding="utf-8").split("\n"), 1))
-    except FileNotFoundError:
-        raise ShortcutError(f'no file {path}: questions are a .jsonl file, or "default"') from None
-    except UnicodeDecodeError as error:
-        raise ShortcutError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise ShortcutError(f"cannot read {path}: {error.strerror}") from None
+    lines = enumerate(read_text(path, ': questions are a .jsonl file, or "default"').split("\n"), 1)
     found = [_read_choice(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     wanted = len(found) if samples is None else samples
     if not 0 < wanted <= len(found):

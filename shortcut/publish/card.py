@@ -139,7 +139,7 @@ def _body(short: Checkpoint, base: Checkpoint, plan: Plan, check: CheckReport, p
         depth=plan.base.blocks,
         gone=say_what_goes(plan),
         rest=_rest(short, check),
-        table=format_table(["", "base", "shortened"], rows),
+        table=format_table(["", "base", "healed" if check.healed else "shortened"], rows),
         measured="Perplexity" if check.answers is None else "Answers",
         text=check.text,
         healed=" and the healed weights in it" if check.healed else "",

@@ -66,7 +66,7 @@ def read_documents(source: Source, seed: int) -> Iterator[str | Conversation]:
     if source.data in EMBEDDED:
         yield files("shortcut").joinpath("data", EMBEDDED[source.data]).read_text(encoding="utf-8")
     elif path.suffix == ".txt":
-        yield _read_text(path)
+        yield read_text(path)
     else:
         column = None
         for row in read_rows(source, seed):
@@ -74,11 +74,12 @@ def read_documents(source: Source, seed: int) -> Iterator[str | Conversation]:
             yield _read_cell(source, column, row[column])
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path, hint: str = "") -> str:
+    """The text of a file. Raises ShortcutError for one that is not there, with a hint at what could be, or no text."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ShortcutError(f"no file {path}") from None
+        raise ShortcutError(f"no file {path}{hint}") from None
     except UnicodeDecodeError as error:
         raise ShortcutError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except OSError as error:
