@@ -32,6 +32,7 @@ def score(
     metric: str = "block-influence,angular",
     average: Average = "tokens",
     greedy: int = 0,
+    scaled: bool = False,
     stability: int = 0,
     allow: str = "drop",
     protect: str = "none",
@@ -73,6 +74,7 @@ def score(
     with writer_first():  # it may have to fetch or convert
         checkpoint = open_model(model, revision, quiet=quiet)
     may_go = parse_candidates(candidates, protect, checkpoint.base.blocks)
+    runs.check_scaled(scaled, greedy)
     if greedy:
         check_greedy(metrics[0], greedy, len(may_go), checkpoint.base.blocks, actions)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -84,7 +86,7 @@ def score(
     say(f"scoring {checkpoint.base.blocks} blocks of {checkpoint.name} on {calibration.tokens} tokens", quiet=quiet)
     with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
         how: dict[str, Any] = {"allow": actions, "quiet": quiet}
-        removing: dict[str, Any] = {"greedy": greedy, "may_go": may_go}
+        removing: dict[str, Any] = {"greedy": greedy, "scaled": scaled, "may_go": may_go}
         scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, **how, **removing)
         if parts:
             alone = [runs.make_scores(checkpoint, live, part, metrics, batch_size, **how) for part in parts]
@@ -108,6 +110,7 @@ def sweep(
     metric: str = "block-influence,angular",
     average: Average = "tokens",
     select: str = "lowest,span,deepest",
+    scaled: bool = False,
     allow: str = "drop",
     protect: str = "none",
     candidates: str = "all",
@@ -149,6 +152,7 @@ def sweep(
     depth = checkpoint.base.blocks
     counts, may_go = parse_blocks(count, depth + 1), parse_candidates(candidates, protect, depth)
     greedy = max(counts) if "greedy" in rules else 0
+    runs.check_scaled(scaled, greedy)
     if greedy:
         check_greedy(metrics[0], greedy, len(may_go), depth, actions)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -157,9 +161,11 @@ def sweep(
     calibration = runs.take_text(checkpoint, source, samples, **text)
     unseen = runs.take_text(checkpoint, replace(source, data=heldout), samples, **text)
     how: dict[str, Any] = {"preset": preset, "allow": allow, "protect": protect, "candidates": candidates}
-    removing: dict[str, Any] = {"allow": actions, "greedy": greedy, "may_go": may_go, "quiet": quiet}
+    removing: dict[str, Any] = {"greedy": greedy, "scaled": scaled, "may_go": may_go}
     with runs.start(checkpoint, offload=offload, quiet=quiet, device=device, dtype=dtype, **trust) as live:
-        scores = runs.make_scores(checkpoint, live, calibration, metrics, batch_size, **removing)
+        scores = runs.make_scores(
+            checkpoint, live, calibration, metrics, batch_size, allow=actions, **removing, quiet=quiet
+        )
         plans = [chosen for n in counts for chosen in runs.plans_by_rules(scores, rules, count=n, **how)]
         trials = try_plans(live, scores, plans, unseen, batch_size, quiet=quiet)
     if out is not None:

@@ -83,6 +83,8 @@ OPTION_HELP = {
     "lowest one by one with the rest scored again each time; where several are tried, with commas, auto being all but "
     "greedy",
     "greedy": "how many moves to make one by one, by the first metric, scoring the rest again each time",
+    "scaled": "where blocks go one by one, score the rest with the stream as long as they made it, which is what "
+    "heal --method scale does afterwards",
     "stability": "how many parts of the text to score alone as well, to see whether they rank the blocks alike",
     "candidates": 'blocks that may go: "4-27", or all',
     "protect": 'blocks that must stay: "0-3,30-31", or plus for the first four and the last two',

@@ -81,6 +81,7 @@ def prune(
     select: str = "lowest",
     metric: str = "block-influence",
     average: Average = "tokens",
+    scaled: bool = False,
     allow: str = "drop",
     protect: str = "none",
     candidates: str = "all",
@@ -123,7 +124,7 @@ def prune(
     source = Source(data, split, column, chat_template)
     by_hand = commands.given_moves(drop, attention_only, mlp_only, last_token, freeze_visual)
     rules, metrics, actions = parse_rules(select), pick_metrics(metric, average), parse_actions(allow)
-    request = Request(count, ratio, by_hand, rules, metrics, actions, protect, candidates, preset)
+    request = Request(count, ratio, by_hand, rules, metrics, actions, protect, candidates, preset, scaled)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     images, trust = "freeze-visual" in (*by_hand, *actions), {"trust_remote_code": trust_remote_code}
     text: dict[str, Any] = {"length": length, "seed": seed, "images": images, **trust}

@@ -9,6 +9,7 @@ from shortcut import __version__
 from shortcut.anatomy import sees_images, visual_tokens
 from shortcut.choose.rules import Select
 from shortcut.commands import plan
+from shortcut.errors import ShortcutError
 from shortcut.processes import own_part
 from shortcut.progress import say
 from shortcut.records.actions import Action, Move
@@ -89,6 +90,12 @@ def start(checkpoint: Checkpoint, **how: Any) -> AbstractContextManager[Any]:
     return open_live(checkpoint.folder, checkpoint.config, checkpoint.parameters, **how)
 
 
+def check_scaled(scaled: bool, greedy: int) -> None:
+    """Raise ShortcutError where there is no second scoring to scale anything for."""
+    if scaled and not greedy:
+        raise ShortcutError("--scaled is for blocks that go one by one: score --greedy N, or --select greedy")
+
+
 def make_scores(
     checkpoint: Checkpoint,
     live: Any,
@@ -99,13 +106,14 @@ def make_scores(
     allow: Sequence[Action] = ("drop",),
     greedy: int = 0,
     share: float = 1,
+    scaled: bool = False,
     may_go: Sequence[int] = (),
     quiet: bool = False,
 ) -> Scores:
     """Score the blocks of a live model, and halves of them; goes on where an equal run was killed.
 
-    greedy: moves made one by one by the first metric, until this share of the parameters has gone. Raises ShortcutError
-    as `score_blocks` does.
+    greedy: moves made one by one by the first metric, until this share of the parameters has gone; scaled: as
+    for `remove_greedily`. Raises ShortcutError as `score_blocks` does.
     """
     from shortcut.decoder import Decoder
     from shortcut.live import device_of
@@ -131,8 +139,9 @@ def make_scores(
     order: list[Move] = []
     if greedy:
         how["weights"] = lambda block, action: {**goes, "drop": sizes}[action][block] if action != "keep" else 0
-        how["enough"] = share * total
+        how |= {"enough": share * total, "scaled": scaled}
         order = [move for move, _ in remove_greedily(decoder, batches, metrics[0], greedy, may_go, **how)]
+        settings |= {"scaled": True} if scaled else {}
     partials.forget()
     return Scores(
         base=checkpoint.base,

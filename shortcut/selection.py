@@ -31,6 +31,7 @@ class Request:
     protect: str
     candidates: str
     preset: str | None = None
+    scaled: bool = False
 
     @property
     def needs_model(self) -> bool:
@@ -86,6 +87,7 @@ def select_plan(
     source, samples, text: as for `take_text`; where there is a choice, a quarter more sequences are taken, and set
     aside. loading: as for `open_live`. Raises ShortcutError as scoring does.
     """
+    runs.check_scaled(request.scaled, "greedy" in request.rules and not request.by_hand)
     foreseen = request.foresee(base)
     if not request.needs_model:
         return foreseen[0], None, None
@@ -101,7 +103,8 @@ def select_plan(
     calibration, validation = taken.split(aside) if aside else (taken, None)
     say(f"scoring {base.base.blocks} blocks of {base.name} on {calibration.tokens} tokens", quiet=quiet)
     with runs.start(base, quiet=quiet, **loading) as live:
-        how: dict[str, Any] = {"greedy": greedy, "share": request.share, "may_go": may_go, "quiet": quiet}
+        how: dict[str, Any] = {"greedy": greedy, "scaled": request.scaled, "share": request.share}
+        how |= {"may_go": may_go, "quiet": quiet}
         scores = runs.make_scores(base, live, calibration, request.metrics, batch_size, allow=request.allow, **how)
         plans = request.plans(scores)
         if validation is None:

@@ -1,7 +1,8 @@
 """Removing one block after the other, with the rest scored again, is what brute force does."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from shortcut.scoring.calibration import make_batches
 from shortcut.scoring.greedy import remove_greedily
 from shortcut.scoring.metrics import METRICS
 from tests.conftest import DEPTH
-from tests.reference import bypassed, cosine, logits, mean_over_tokens, scores_of, states_around_blocks
+from tests.reference import blocks_of, bypassed, cosine, logits, mean_over_tokens, scores_of, states_around_blocks
 from tests.test_score import sequences_of
 
 
@@ -81,6 +82,76 @@ def test_greedy_by_states_looks_at_what_is_left(llama: Path) -> None:
         assert left[turns.index(min(turns))] == block
         assert score == pytest.approx(min(turns), abs=1e-6)
         left.remove(block)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize(("metric", "count"), [("perplexity", 5), ("block-influence", 4)])
+def test_greedy_scaled_equals_brute_force(
+    family: str, metric: str, count: int, checkpoint_of: Callable[..., Path]
+) -> None:
+    """In the place of every block that went the stream is as many times as long as that block made it, in the mean."""
+    model, calibration = load_model(checkpoint_of(family)), sequences_of(9, 7)
+    rows, numbers = [torch.tensor(row) for row in calibration.sequences], dict[int, float]()
+    decoder, batches = Decoder.of(model), make_batches(calibration, 2)
+    for (block, _), score in remove_greedily(decoder, batches, METRICS[metric], count, range(DEPTH), scaled=True):
+        left = [number for number in range(DEPTH) if number not in numbers]
+        with multiplying(model, numbers):
+            states = {number: [around(model, number, row) for row in rows] for number in left}
+            if metric == "perplexity":
+                tried = {number: plain_perplexity(model, rows, [number]) for number in left}
+            else:
+                tried = {
+                    number: 1 - torch.cat([torch.cosine_similarity(x, y, dim=-1) for x, y in pairs]).mean().item()
+                    for number, pairs in states.items()
+                }
+        assert block == min(tried, key=lambda number: tried[number])
+        assert score == pytest.approx(tried[block], rel=1e-4, abs=1e-6)
+        numbers[block] = torch.cat([y.norm(dim=-1) / x.norm(dim=-1) for x, y in states[block]]).mean().item()
+    assert any(abs(number - 1) > 0.02 for number in numbers.values())
+
+
+@contextmanager
+def multiplying(model: Any, numbers: dict[int, float]) -> Iterator[None]:
+    """These blocks do nothing but multiply what goes in, by hooks."""
+    with ExitStack() as stack:
+        for block, number in numbers.items():
+
+            def instead(_: Any, args: Any, kwargs: Any, output: Any, number: float = number) -> Any:
+                hidden = (args[0] if args else kwargs["hidden_states"]) * number
+                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+            stack.callback(blocks_of(model)[block].register_forward_hook(instead, with_kwargs=True).remove)
+        yield
+
+
+def around(model: Any, block: int, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stream in front of a block and behind it, (tokens, width) each, by a hook."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+        after = output[0] if isinstance(output, tuple) else output
+        found.append(((args[0] if args else kwargs["hidden_states"])[0].double(), after[0].double()))
+
+    handle = blocks_of(model)[block].register_forward_hook(look, with_kwargs=True)
+    logits(model, row[None])
+    handle.remove()
+    return found[0]
+
+
+def test_scaled_greedy_needs_a_second_scoring(llama: Path, tmp_path: Path) -> None:
+    """scores.json says that it was so; where nothing is scored again, there is nothing to scale."""
+    options: dict[str, Any] = {"metric": "perplexity", "samples": 2, "length": 32, "quiet": True}
+    scores = shortcut.score(llama, greedy=2, scaled=True, **options)
+    assert scores.settings["scaled"] is True
+    with pytest.raises(ShortcutError, match="--scaled is for blocks that go one by one"):
+        shortcut.score(llama, scaled=True, **options)
+    for how in ({"count": 2}, {"drop": "1", "select": "greedy"}):
+        with pytest.raises(ShortcutError, match="--scaled is for blocks that go one by one"):
+            shortcut.prune(llama, tmp_path / "out", scaled=True, **how, **options)
+    pruned = shortcut.prune(llama, tmp_path / "out", count=2, select="greedy", scaled=True, **options)
+    assert pruned.cut.plan.dropped == tuple(sorted(move.block for move in scores.orders["perplexity"]))
+    tried = shortcut.sweep(llama, count="2", select="greedy", scaled=True, **options)
+    assert tried.trials[0].dropped == pruned.cut.plan.described
 
 
 def test_the_first_step_is_the_lowest_score(llama: Path) -> None:

@@ -175,6 +175,7 @@ def test_what_names_a_run() -> None:
         partials.of([replace(METRICS["l2"], average="sequences")], drop, done),
         partials.of([METRICS["l2"]], ("drop", "mlp-only"), done),
         partials.of([METRICS["l2"]], drop, {1: "drop", 2: "drop"}),
+        partials.of([METRICS["l2"]], drop, done, {2: 1.5}),
     ]
     assert one not in others
     assert len({other.path for other in others}) == len(others)

@@ -20,7 +20,7 @@ from shortcut.scoring.pairs import score_pairs
 from shortcut.scoring.partial import Partials
 from shortcut.scoring.store import Budget
 from shortcut.scoring.sums import add_batch, key, weights
-from shortcut.scoring.walk import NOTHING, run_together
+from shortcut.scoring.walk import NOTHING, UNSCALED, run_together
 
 STATES_IN_MEMORY = 1 << 26  # bytes of hidden states, where the blocks are on the disk; the others go there too
 TOKENS_PER_READING = 1 << 12  # for which a block is read from the disk once: a processor needs far longer for them
@@ -70,11 +70,15 @@ def score_walked(
     metrics: Sequence[Metric],
     allow: Sequence[Action],
     done: Mapping[int, Action] = NOTHING,
+    scales: Mapping[int, float] = UNSCALED,
     *,
     partials: Partials | None,
     quiet: bool,
 ) -> Measured:
-    """done: what has been done to blocks already; "keep" gives metrics of logits of the model as it is then."""
+    """done: what has been done to blocks already; "keep" gives metrics of logits of the model as it is then.
+
+    scales: as for `walk`.
+    """
     depth = len(decoder.blocks)
     sums = {
         key(metric, action): torch.zeros(
@@ -87,14 +91,15 @@ def score_walked(
     own = share(batches)
     device = device_of(decoder.model)
     per_reading = TOKENS_PER_READING if device.type == "cpu" else TOKENS_PER_READING_ON_GPU
-    kept = partials.of(metrics, allow, done) if partials else None
+    kept = partials.of(metrics, allow, done, scales) if partials else None
     through = kept.restore(sums) if kept else 0
     groups = _groups(own[through:], per_reading if together else 1)
     room = STATES_IN_MEMORY if together else free_memory(device) // 2
     for group in track(groups, "scoring", quiet=quiet):
         with TemporaryDirectory(prefix="shortcut-") as folder:
             budget = Budget(room, Path(folder))
-            run_together(decoder, [add_batch(decoder, b, metrics, allow, done, sums, budget) for b in group], done)
+            walks = [add_batch(decoder, b, metrics, allow, done, sums, budget, scales) for b in group]
+            run_together(decoder, walks, done)
         through += len(group)
         if kept:
             kept.save(sums, through)

@@ -1,8 +1,16 @@
-"""Moves made one by one: what scores lowest goes, what is left is scored again, and so on (SLEB, arXiv:2402.09025)."""
+"""Moves made one by one: what scores lowest goes, what is left is scored again, and so on (SLEB, arXiv:2402.09025).
+
+What is left may be scored with the stream as long as it was: in the place of every block that went there is a number,
+by which the block made it longer (Prune&Comp, arXiv:2507.18212).
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
 
 from shortcut.decoder import Batch, Decoder
 from shortcut.errors import ShortcutError
@@ -12,6 +20,15 @@ from shortcut.scoring.blocks import score_walked
 from shortcut.scoring.metrics import Metric
 from shortcut.scoring.partial import Partials
 from shortcut.scoring.walk import outcomes
+
+
+def growth(before: Tensor, after: Tensor) -> Tensor:
+    """How many times as long the stream is behind a block as in front of it: ‖after‖ / ‖before‖; 1 where it is 0."""
+    lengths = vector_norm(before, dim=-1)
+    return torch.where(lengths > 0, vector_norm(after, dim=-1) / lengths, 1.0)
+
+
+GROWTH = Metric("growth", growth, "states", "all", "‖y‖ / ‖x‖", "arXiv:2507.18212")
 
 
 def check_greedy(metric: Metric, count: int | None, candidates: int, depth: int, allow: Sequence[Action]) -> int:
@@ -37,23 +54,28 @@ def remove_greedily(
     allow: Sequence[Action] = ("drop",),
     weights: Callable[[int, Action], int] = lambda _, __: 1,
     enough: float = math.inf,
+    scaled: bool = False,
     partials: Partials | None = None,
     quiet: bool = True,
 ) -> Iterator[tuple[Move, float]]:
     """Make the move that scores lowest, score what remains, and so on (SLEB); yields each move and its score then.
 
     Of several actions, that move is made that adds least to the score per weight that goes. weights: how many go by
-    an action on a block; enough: so many that no further move is made, even before `count`. Metrics of logits compare
-    with the whole model all along. Ties go to the deeper block. Raises ShortcutError as `score_blocks` and
-    `check_greedy` do.
+    an action on a block; enough: so many that no further move is made, even before `count`. scaled: in the place of
+    every dropped block there is its `GROWTH`. Metrics of logits compare with the whole model all along. Ties go to the
+    deeper block. Raises ShortcutError as `score_blocks` and `check_greedy` do.
     """
-    left, done, depth = list(candidates), dict[int, Action](), len(decoder.blocks)
+    left, depth = list(candidates), len(decoder.blocks)
+    done, scales = dict[int, Action](), dict[int, float]()
+    metrics = [metric, GROWTH] if scaled else [metric]
     check_greedy(metric, count, len(left), depth, allow)
+    if scaled:
+        decoder.check_alone("scaling")
     for _ in track(range(count), "removing", quiet=quiet):
         if sum(weights(*move) for move in done.items()) >= enough:
             return
-        found = score_walked(decoder, batches, [metric], allow, done, partials=partials, quiet=True)
-        scores: dict[Move, Any] = {
+        found: Any = score_walked(decoder, batches, metrics, allow, done, scales, partials=partials, quiet=True)
+        scores: dict[Move, float] = {
             Move(block, action): found[action][metric.name][block]
             for block in left
             for action in outcomes(done.get(block, "keep"), allow)
@@ -70,3 +92,5 @@ def remove_greedily(
         lowest = min(scores, key=price)
         yield lowest, scores[lowest]
         done[lowest.block] = lowest.action
+        if scaled and lowest.action == "drop":
+            scales[lowest.block] = found["drop"][GROWTH.name][lowest.block]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shortcut.records.actions import Action
 from shortcut.scoring.metrics import Metric
+from shortcut.scoring.walk import UNSCALED
 
 
 class Partials:
@@ -25,12 +26,20 @@ class Partials:
     def __init__(self, key: Mapping[str, Any]) -> None:
         self.key, self.used = key, set[Path]()
 
-    def of(self, metrics: Sequence[Metric], allow: Sequence[Action], done: Mapping[int, Action]) -> "Partial":
+    def of(
+        self,
+        metrics: Sequence[Metric],
+        allow: Sequence[Action],
+        done: Mapping[int, Action],
+        scales: Mapping[int, float] = UNSCALED,
+    ) -> "Partial":
         """The sums of one walk of the run: of these metrics and actions, after what has been done to blocks."""
         from huggingface_hub.constants import HF_HOME
 
         rules = [(metric.name, metric.tokens, metric.average, _fingerprint(metric.measure)) for metric in metrics]
-        text = json.dumps([self.key, rules, sorted(allow), sorted(done.items())], sort_keys=True)
+        text = json.dumps(
+            [self.key, rules, sorted(allow), sorted(done.items()), sorted(scales.items())], sort_keys=True
+        )
         path = Path(HF_HOME) / "shortcut" / "partial" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
         self.used.add(path)
         return Partial(path)

@@ -11,7 +11,7 @@ from shortcut.offload import resident
 from shortcut.records.actions import FREEZING, Action, Move
 from shortcut.scoring.metrics import Metric, cosine, pairwise_cosines
 from shortcut.scoring.store import Budget, Store
-from shortcut.scoring.walk import AS_IT_IS, Step, check_finite, walk
+from shortcut.scoring.walk import AS_IT_IS, UNSCALED, Step, check_finite, walk
 
 TOKENS_AT_ONCE = 64  # for pairwise cosines: the stack of their states fits a processor's cache
 LOGITS_AT_ONCE = 1 << 22  # log probabilities of one stream in memory: 16 MB; more is slower on a CPU
@@ -32,6 +32,7 @@ def add_batch(
     done: Mapping[int, Action],
     sums: Sums,
     budget: Budget,
+    scales: Mapping[int, float] = UNSCALED,
 ) -> Iterator[None]:
     """Walk with one batch, a block at a time, and add what the metrics measure. The rest is as for `walk`."""
     of_steps, of_spans, of_logits = (
@@ -39,7 +40,7 @@ def add_batch(
     )
     ablated: Store[Move] | None = Store(budget) if of_logits else None
     points: Store[int] = Store(budget)  # between the blocks
-    for step in walk(decoder, batch, ablated=ablated, allow=allow, done=done):
+    for step in walk(decoder, batch, ablated=ablated, allow=allow, done=done, scales=scales):
         if of_steps or of_spans or decoder.fault is None:
             _check_states(step, batch)
         here = batch.to(step.after.device)

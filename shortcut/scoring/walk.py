@@ -30,6 +30,7 @@ from shortcut.records.actions import FREEZING, Action, Move, join
 TOKENS_PER_CALL = 4096  # of several streams together: more is no faster, and attention needs memory for all of them
 TOKENS_WHEN_SCARCE = 512  # where memory is too small for the model
 NOTHING: Mapping[int, Action] = {}
+UNSCALED: Mapping[int, float] = {}
 AS_IT_IS = Move(0, "keep")
 WHOLE: tuple[Action, ...] = ("drop",)
 
@@ -54,12 +55,14 @@ def walk(
     ablated: MutableMapping[Move, Tensor] | None = None,
     allow: Collection[Action] = WHOLE,
     done: Mapping[int, Action] = NOTHING,
+    scales: Mapping[int, float] = UNSCALED,
 ) -> Iterator[Step]:
     """Yield every block's step in order, for one batch of tokens on the model's device.
 
     ablated: an empty mapping, which at the end holds for every move what `Decoder.predict` takes, and under AS_IT_IS
     the same with no move made. allow: the actions of these moves; what a move names is all that is then done to its
-    block. done: what has been done to blocks already; dropped ones have no step.
+    block. done: what has been done to blocks already; dropped ones have no step. scales: by dropped block, what
+    the stream is multiplied by in its place.
     """
     if decoder.fault is not None:
         yield from _walk_as_a_whole(decoder, batch, ablated, allow, done)
@@ -69,8 +72,15 @@ def walk(
     calls = {1: decoder.calls(batch)}
     additions = decoder.additions(calls[1])
     hidden = hidden_input(*calls[1][0])
-    for number in running(decoder, done):
+    for number in range(len(decoder.blocks)):
         own, call, added = done.get(number, "keep"), calls[1][number], additions[number]
+        if own == "drop":
+            if (scale := scales.get(number)) is not None:
+                hidden = hidden * scale
+                if ablated is not None:
+                    for move in list(ablated):  # one after the other: they may be on the disk
+                        ablated[move] = ablated[move] * scale
+            continue
         if added is not None:
             hidden = hidden + added
         after = _run(decoder, batch, number, hidden, call, own)
