@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from shortcut.arguments import spell_out
 from shortcut.choose.rules import Select, parse_ratio
 from shortcut.errors import ShortcutError
 from shortcut.road import PruneReport, prune
@@ -51,17 +52,17 @@ def freeze(
     --count takes the first. They are scored as by `score --allow freeze-visual`; the result is checked against the
     base, and both answer questions it was not chosen by. As in `prune`, OUT is there only if the check passed.
     """
+    asked = dict(locals())
     if preset is not None and blocks is None:
-        listed = LISTS[preset].split(",")
-        blocks, count = ",".join(listed[:count]), None
-    if sum(given is not None for given in (count, ratio, blocks)) != 1:
+        blocks, count = ",".join(LISTS[preset].split(",")[:count]), None
+    if [count, ratio, blocks].count(None) != 2:
         raise ShortcutError("say what is frozen with one of --count, --ratio, --blocks and --preset")
     if drop is not None and blocks is None:
         raise ShortcutError("--drop goes with --blocks: blocks are scored for one thing at a time")
     if ratio is not None:
         depth = open_model(model, revision, weights=False, quiet=quiet).base.blocks
         count = max(1, round(parse_ratio(ratio) * depth))
-    return prune(
+    report = prune(
         model,
         out,
         count=count,
@@ -86,3 +87,4 @@ def freeze(
         trust_remote_code=trust_remote_code,
         quiet=quiet,
     )
+    return report.made_by(spell_out(freeze, asked), Path(out))

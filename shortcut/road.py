@@ -59,6 +59,14 @@ class PruneReport:
         found = {"scores": scores, "trials": trials, "cut": self.cut.to_dict(), "check": self.check.to_dict()}
         return {**found, "healed": healed}
 
+    def made_by(self, command: str, out: Path) -> "PruneReport":
+        """The same, with the page in OUT saying that this command makes it again."""
+        from shortcut.publish.report import write_report
+
+        page = replace(self.page, how={**self.page.how, "command": command})
+        write_report(out / "report.html", page)
+        return replace(self, page=page)
+
     def __str__(self) -> str:
         parts = [text for part in (self.scores, self.trials) if part is not None for text in (str(part), "")]
         parts += [str(self.cut), "", str(self.check)]
@@ -154,8 +162,6 @@ def prune(
 
 def _prune_and_heal(asked: dict[str, Any]) -> PruneReport:
     """Prune into a folder beside OUT, heal from there into OUT, and remove it. asked: what `prune` was called with."""
-    from shortcut.publish.report import write_report
-
     if asked["heal"] is None:
         raise ShortcutError("--minutes is how long --heal trains")
     out, quiet = Path(os.path.realpath(asked["out"])), asked["quiet"]
@@ -173,11 +179,11 @@ def _prune_and_heal(asked: dict[str, Any]) -> PruneReport:
         raise ShortcutError(f"{error}; {between} holds the shortened checkpoint, not healed") from None
     shutil.rmtree(between)
     assert healed.page is not None
-    page = replace(healed.page, trials=pruned.trials, how={**healed.page.how, "command": spell_out(prune, asked)})
-    write_report(out / "report.html", page)
     called = f"{asked['out']}, before it was healed,"
     cut, check = replace(pruned.cut, out=called), replace(pruned.check, checkpoint=called)
-    return replace(pruned, cut=cut, check=check, page=page, healed=healed)
+    page = replace(healed.page, trials=pruned.trials)
+    report = replace(pruned, cut=cut, check=check, page=page, healed=healed)
+    return report.made_by(spell_out(prune, asked), out)
 
 
 def _describe(

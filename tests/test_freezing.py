@@ -57,6 +57,9 @@ def test_the_report(frozen: Path) -> None:
     """It says how many answers are right, what of a prompt is saved, and shows questions with image and answers."""
     data, config = read_page(frozen / "report.html"), json.loads((frozen / "config.json").read_text())
     assert data["view"]["title"] == "tiny-llava: 12 of 12 blocks, images frozen in 4"
+    assert data["how"]["command"] == (
+        f"shortcut freeze {EMBEDDED_VISION} {frozen} --count 4 --samples {FEW['samples']}"
+    )
     assert data["view"]["actions"].count("freeze-visual") == 4
     assert [panel["marked"] for panel in data["view"]["panels"]] == [config["shortv"]["blocks"]]
     found = prefill(config["text_config"], config["shortv"]["blocks"], 64, 576)
