@@ -185,18 +185,21 @@ class Student(nn.Module):
         return total / count
 
     def _loss(self, places: Sequence[int], batch: Batch) -> Tensor:
+        teacher, aims, extra = self.teacher, list[Tensor](), torch.zeros(())
+        # The teacher goes first: what its pass takes of memory is free again when the student keeps all of its own.
+        if isinstance(teacher, Teacher) and teacher.match:
+            price, aims = teacher.price_and_aims(batch)
+        else:
+            price = next_tokens(batch) if teacher is None else teacher.price(places, batch)
         if self.decoder.fault is not None:
             states = [final_states(self.decoder, batch)]
         else:
             states = self.decoder.states(batch, recompute=self.recompute)
-        rows, extra = states[-1][:, :-1][batch.predicted], torch.zeros(())
-        if isinstance(self.teacher, Teacher) and self.teacher.match:
-            price, aims = self.teacher.price_and_aims(batch)
-            own = [states[_number_in_short(self.teacher.plan, block)] for block in cuts(self.teacher.plan)]
+        rows = states[-1][:, :-1][batch.predicted]
+        if isinstance(teacher, Teacher) and aims:
+            own = [states[_number_in_short(teacher.plan, block)] for block in cuts(teacher.plan)]
             apart = [_distance(*pair, batch.mask) for pair in zip(own, aims, strict=True)]
-            extra = self.teacher.match * torch.stack(apart).mean()
-        else:
-            price = next_tokens(batch) if self.teacher is None else self.teacher.price(places, batch)
+            extra = teacher.match * torch.stack(apart).mean()
         return mean_over_rows(self.decoder, rows, price) + extra.to(rows.device)
 
 
