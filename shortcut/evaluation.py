@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from shortcut import __version__, runs
+from shortcut import runs
 from shortcut.errors import ShortcutError
 from shortcut.presets import SUITES, SuiteName, with_presets
 from shortcut.progress import track
@@ -53,23 +54,19 @@ def eval(  # noqa: A001  (the word on the command line)
 
     With --base both models are measured on the same: which questions only one of them answers rightly is counted, and
     how likely so uneven a count is by chance (McNemar's exact test). --revision is that of MODEL. --out keeps all
-    figures and settings as JSON.
+    figures and settings as JSON; what MODEL/eval.json says goes with it when it is pushed.
     """
-    import torch
-    import transformers
-
     from shortcut.checking.choices import hash_of
     from shortcut.checking.figures import Evaluation
     from shortcut.checking.harness import load_tasks
     from shortcut.live import pick_device, pick_dtype
+    from shortcut.publish.results import hash_of_record
 
     pick_dtype(dtype, pick_device(device))
     runs.check_files(out, None)
     asked = _take_questions(questions, limit, seed)
-    if shots is not None and not tasks:
-        raise ShortcutError("--shots is for --tasks")
-    if limit is not None and not tasks and questions == "none":
-        raise ShortcutError("--limit is for --tasks and --questions")
+    if not tasks and (shots is not None or (limit is not None and questions == "none")):
+        raise ShortcutError("--shots is for --tasks, and --limit for --tasks and --questions")
     checkpoints = [open_model(model, revision, quiet=quiet), *([open_model(base, quiet=quiet)] if base else [])]
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     source, text = Source(data, split, column, chat_template), {"length": length, "seed": seed, **trust}
@@ -80,14 +77,17 @@ def eval(  # noqa: A001  (the word on the command line)
     how: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "device": device, "dtype": dtype, **trust}
     found = [_measure(each, unseen, asked, loaded, quiet=quiet, **how) for each in checkpoints]
     settings = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "preset": preset,
+        "record": hash_of_record(checkpoints[0].folder),
         "revisions": [each.revision for each in checkpoints],
         "text": unseen.record(),
         "questions": {"source": questions, "count": len(asked), "seed": seed, "hash": hash_of(asked)},
         "tasks": found[0][1],
         **how,
-        "versions": {"shortcut": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        | ({"lm_eval": version("lm_eval")} if loaded else {}),
+        "versions": {
+            name: version(name) for name in ("shortcut", "torch", "transformers", *["lm_eval"] * bool(loaded))
+        },
     }
     names, figures = tuple(each.name for each in checkpoints), tuple(tuple(each) for each, _ in found)
     result = Evaluation(names, figures, unseen.described, settings)

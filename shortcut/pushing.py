@@ -8,7 +8,7 @@ from shortcut import __version__, runs
 from shortcut.commands import read_record
 from shortcut.errors import ShortcutError
 from shortcut.progress import say
-from shortcut.publish.push import Pushed, check_way, files_to_push, records_to_push, upload
+from shortcut.publish.push import Pushed, check_way, files_to_push, hub_errors, records_to_push, upload
 from shortcut.records.plan import Plan
 from shortcut.scoring.documents import Source
 from shortcut.surgery.checkpoint import Checkpoint, read_checkpoint
@@ -70,12 +70,14 @@ def push(
     """Verify a shortened checkpoint, complete its model card, and upload it to the Hugging Face Hub.
 
     It is compared with its base as by `check`, and nothing is uploaded unless it is what its record says. The card then
-    names base, licence and languages, what was cut, what was just measured, and the command that cuts it again; what
-    was written into README.md by hand stays. The folder itself is not changed. Who pushes is whoever is logged in, by
-    `hf auth login` or HF_TOKEN. A push that was interrupted goes on when it is started again.
+    names base, licence and languages, what was cut, what was just measured, what `eval` found where it wrote eval.json
+    into CHECKPOINT, and the command that cuts it again; what was written into README.md by hand stays. The folder
+    itself is not changed. Who pushes is whoever is logged in, by `hf auth login` or HF_TOKEN. A push that was
+    interrupted goes on when it is started again.
     """
     from shortcut.checking.verify import check_checkpoint
     from shortcut.publish.card import CARD, complete_card, format_card, read_own_card
+    from shortcut.publish.results import RESULTS, read_evaluation, results_to_push
 
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -86,7 +88,7 @@ def push(
     if plan is None:
         raise ShortcutError(f"{folder} has no record ({RECORD}) of what was cut: push is for what shortcut wrote")
     files, left_out = files_to_push(short)
-    own = read_own_card(folder)
+    own, evaluated = read_own_card(folder), read_evaluation(folder)
     exists = check_way(repository, private=private, create_pr=create_pr)
     original = _open_base(plan, base, quiet=quiet)
     text: dict[str, Any] = {"length": length, "seed": 0, "images": bool(plan.frozen)}
@@ -95,8 +97,11 @@ def push(
     say(f"checking {folder} against {original.name}", quiet=quiet)
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     checked = check_checkpoint(short, (original, plan), heldout, batch_size=batch_size, quiet=quiet, **loading)
-    card = complete_card(own, format_card(short, original, plan, checked, repository), repository)
+    card = complete_card(own, format_card(short, original, plan, checked, repository, evaluated), repository)
     going: dict[str, Path | bytes] = {**files, **records_to_push(folder, original), CARD: card.encode()}
+    with hub_errors(repository):
+        results = None if evaluated is None else results_to_push(evaluated, repository, revision)
+    going |= {} if results is None else {RESULTS: results}
     if "\nlicense:" not in card:
         say(f"neither the base's card nor {folder / CARD} names a license: add one, so that others know", quiet=quiet)
     say(f"uploading to {repository}", quiet=quiet)

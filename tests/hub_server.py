@@ -124,7 +124,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", self._commit),
                 ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._batch),
                 ("PUT", r"/objects/([0-9a-f]{64})", self._receive),
-                ("GET", r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self._file),
+                ("GET", r"/(?:datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", self._file),
             ]
             for wanted, pattern, answer in routes:
                 match = re.fullmatch(pattern, path)

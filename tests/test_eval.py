@@ -180,7 +180,8 @@ def test_settings_say_what_was_measured(llama: Path, tmp_path: Path) -> None:
     assert told["text"] == text.record()
     picked = read_choices("default", 2, 5)
     assert told["questions"] == {"source": "default", "count": 2, "seed": 5, "hash": hash_of(picked)}
-    assert told["tasks"]["mine"] == {"version": 1.5, "shots": 0, "questions": 2}
+    data = {"dataset": "json", "config": None}
+    assert told["tasks"]["mine"] == {**data, "version": 1.5, "shots": 0, "questions": 2}
     assert told.items() >= {"limit": 2, "batch_size": 3, "device": "auto", "dtype": "bfloat16"}.items()
     assert set(told["versions"]) == {"shortcut", "torch", "transformers", "lm_eval"}
     assert (found.base, [figure.name for figure in found.figures[0]][-1]) == (None, "mine byte_perplexity")

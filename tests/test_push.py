@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 
 import shortcut
 from shortcut.cli import main
@@ -23,6 +23,7 @@ from shortcut.live import load_model
 from shortcut.publish.card import PLACEHOLDER, complete_card
 from shortcut.surgery.checkpoint import read_checkpoint
 from tests.hub_server import SHA, Hub, check_card, serve
+from tests.test_eval import ROLLING, task_of
 
 FEW: dict[str, Any] = {"samples": 2, "length": 32, "quiet": True}
 ALICE = {"name": "alice", "orgs": [{"name": "org"}], "auth": {"accessToken": {"role": "write"}}}
@@ -236,6 +237,63 @@ def test_what_was_written_by_hand_stays(hub: Hub, short: Path) -> None:
     assert pushed.split("---\n", 2)[2] == body.replace(PLACEHOLDER, "org/short")
     assert pushed.startswith("---\nlicense: mit # asked them\n")
     assert yaml.safe_load(pushed.split("---\n")[1])["datasets"] == "org/prose"
+
+
+@pytest.fixture
+def evaluated(hub: Hub, short: Path, tmp_path: Path) -> Path:
+    """That checkpoint with what `eval` found of it, on two tasks whose data might have come from the Hub."""
+    lines = [json.dumps({"text": "lorem ipsum"}), json.dumps({"text": "dolor"})]
+    tasks = [task_of(tmp_path, name, lines, **ROLLING) for name in ("mine", "theirs")]
+    few: dict[str, Any] = {"questions": "none", "tasks": ",".join(tasks), "out": short / "eval.json"}
+    shortcut.eval(short, base=str(hub.repositories["org/tiny"]), **few, **FEW)
+    found = json.loads((short / "eval.json").read_text())
+    found["settings"]["tasks"]["mine"] |= {"dataset": "org/bench", "config": "hard"}
+    found["settings"]["tasks"]["theirs"] |= {"dataset": "org/prose"}
+    (short / "eval.json").write_text(json.dumps(found))
+    bench = hub.repositories["org/tiny"].with_name("bench")
+    bench.mkdir(exist_ok=True)
+    listed = [{"id": "bench_easy", "config": "easy"}, {"id": "bench_hard", "config": "hard"}]
+    (bench / "eval.yaml").write_text(yaml.safe_dump({"name": "Bench", "tasks": listed}))
+    hub.repositories["org/bench"] = bench
+    return short
+
+
+def test_evaluations_go_along(hub: Hub, evaluated: Path, tmp_path: Path) -> None:
+    """The card shows them; what was measured on a benchmark of the Hub is in its own format as well, and no path is."""
+    found = json.loads((evaluated / "eval.json").read_text())
+    shortcut.push(evaluated, "org/short", **FEW)
+    remote = hub.repositories["org/short"]
+    (entry,) = parse_eval_result_entries(yaml.safe_load((remote / ".eval_results" / "shortcut.yaml").read_text()))
+    figures = {row["name"]: row["model"] for row in found["figures"]}
+    assert (entry.dataset_id, entry.task_id) == ("org/bench", "bench_hard")
+    assert entry.value == round(figures["mine byte_perplexity"]["value"], 2)
+    assert entry.date == found["settings"]["date"]
+    assert entry.source_url == f"{hub.url}/org/short/blob/main/eval.json"
+    assert entry.notes.startswith("mine byte_perplexity of lm-evaluation-harness 0.")
+    assert str(tmp_path) not in (remote / "eval.json").read_text()
+    (table,) = re.findall(
+        r"\[eval.json\]\(eval.json\) says on what:\n\n```\n(.*?)```", (remote / "README.md").read_text(), re.S
+    )
+    head, first, *rest = table.splitlines()
+    assert head.split() == ["base", "95", "%", "model", "95", "%"]
+    assert first.split()[5] == f"{figures['perplexity']['value']:.2f}"
+    assert [row.split()[0] for row in rest[:2]] == ["mine", "theirs"]
+
+
+def test_evaluations_that_do_not(hub: Hub, evaluated: Path) -> None:
+    """Parts of a task are no result of a benchmark; figures of another checkpoint are refused before anything goes."""
+    found = json.loads((evaluated / "eval.json").read_text())
+    found["settings"]["limit"] = 1
+    (evaluated / "eval.json").write_text(json.dumps(found))
+    shortcut.push(evaluated, "org/short", **FEW)
+    assert not (hub.repositories["org/short"] / ".eval_results").exists()
+    shortcut.cut("org/tiny", evaluated, drop="0", overwrite=True, quiet=True)
+    (evaluated / "eval.json").write_text(json.dumps(found))
+    with pytest.raises(
+        ShortcutError, match=r"eval\.json was not measured of this checkpoint: run `shortcut eval` again"
+    ):
+        shortcut.push(evaluated, "org/other", **FEW)
+    assert "org/other" not in hub.repositories
 
 
 def test_cards_are_completed() -> None:

@@ -23,7 +23,8 @@ class Figure:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without the single questions."""
-        return {"value": self.value, "interval": None if self.interval is None else list(self.interval)}
+        interval = None if self.interval is None else list(self.interval)
+        return {"value": self.value, "interval": interval, "share": self.share}
 
     @property
     def cells(self) -> list[str]:

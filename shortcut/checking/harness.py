@@ -96,7 +96,7 @@ def _aside(*, quiet: bool) -> Iterator[None]:
 def run_tasks(
     model: Model, tokenizer: Any, tasks: Sequence[Task], *, batch_size: int, limit: int | None, quiet: bool
 ) -> tuple[list[Figure], dict[str, Any]]:
-    """One figure for every task, and of several their plain mean; and what was run: versions, shots, questions.
+    """One figure for every task, and of several their plain mean; and what was run: data, versions, shots.
 
     limit: how many questions of every task at most. Intervals are those of the harness's standard errors. Raises
     ShortcutError for a metric that a task does not report, and a task that the harness refuses to run.
@@ -115,9 +115,14 @@ def run_tasks(
         except ValueError as error:
             raise ShortcutError(f"the task {task.name} cannot be run: {' '.join(str(error).split())[:200]}") from None
         figures += [_figure(head, task, found) for head in task.heads]
-        for name in task.loaded["tasks"]:
-            counts = {"version": found["versions"].get(name), "shots": found["n-shot"].get(name)}
-            ran[name] = {**counts, "questions": found["n-samples"][name]["effective"]}
+        for name, own in task.loaded["tasks"].items():
+            ran[name] = {
+                "dataset": own.config.dataset_path,
+                "config": own.config.dataset_name,
+                "version": found["versions"].get(name),
+                "shots": found["n-shot"].get(name),
+                "questions": found["n-samples"][name]["effective"],
+            }
     if len(figures) > 1 and all(figure.share for figure in figures):
         mean = fmean(figure.value for figure in figures)
         figures.append(Figure("mean of tasks", mean, share=True))

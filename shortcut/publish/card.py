@@ -15,6 +15,7 @@ from shortcut import __version__
 from shortcut.checking.verify import CheckReport
 from shortcut.errors import ShortcutError
 from shortcut.live import auto_class
+from shortcut.publish.results import evaluation_table
 from shortcut.records.actions import LISTED, Action
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import Plan
@@ -39,7 +40,7 @@ Of the blocks of {link}, counted from 0, {gone}.
 It loads without a missing or unexpected key.
 Its logits differ from those of the base, with the same done to its blocks in memory{healed}, by {difference} at most.
 
-{picture}```python
+{evaluated}{picture}```python
 {code}
 ```
 
@@ -50,6 +51,14 @@ The same cut again:
 ```
 
 Made by shortcut {version}; {records} what was done and why.
+"""
+_EVALUATED = """\
+Evaluated by `shortcut eval`, with 95 % intervals; [eval.json](eval.json) says on what:
+
+```
+{}
+```
+
 """
 _MARK = "<!-- shortcut wrote the text above: {} -->\n"
 _FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
@@ -64,13 +73,20 @@ _GONE: dict[Action, str] = {
 }
 
 
-def format_card(short: Checkpoint, base: Checkpoint, plan: Plan, check: CheckReport, place: str = PLACEHOLDER) -> str:
+def format_card(
+    short: Checkpoint,
+    base: Checkpoint,
+    plan: Plan,
+    check: CheckReport,
+    place: str = PLACEHOLDER,
+    evaluated: Mapping[str, Any] | None = None,
+) -> str:
     """The card's text: YAML front matter for the Hub, then Markdown, then a mark by which changes by hand are known.
 
-    place: where the checkpoint will be loaded from, such as its id on the Hub.
+    place: where the checkpoint will be loaded from, such as its id on the Hub; evaluated: what `eval` found of it.
     """
     front = yaml.safe_dump(_front(short, base), sort_keys=False, allow_unicode=True)
-    body = _body(short, base, plan, check, place)
+    body = _body(short, base, plan, check, place, evaluated)
     return f"---\n{front}---\n{body}{_MARK.format(_digest(body))}"
 
 
@@ -123,7 +139,14 @@ def _front(short: Checkpoint, base: Checkpoint) -> dict[str, Any]:
     return front
 
 
-def _body(short: Checkpoint, base: Checkpoint, plan: Plan, check: CheckReport, place: str) -> str:
+def _body(
+    short: Checkpoint,
+    base: Checkpoint,
+    plan: Plan,
+    check: CheckReport,
+    place: str,
+    evaluated: Mapping[str, Any] | None,
+) -> str:
     name = base.base.title
     rows: list[list[object]] = [
         ["blocks", plan.base.blocks, len(plan.kept)],
@@ -144,6 +167,7 @@ def _body(short: Checkpoint, base: Checkpoint, plan: Plan, check: CheckReport, p
         text=check.text,
         healed=" and the healed weights in it" if check.healed else "",
         difference=format(check.logit_difference or 0, ".3g"),
+        evaluated="" if evaluated is None else _EVALUATED.format(evaluation_table(evaluated)),
         picture="![scores of the blocks](scores.png)\n\n" if (short.folder / "scores.png").exists() else "",
         code=loading_code(short, place),
         command=_command(base, plan),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shortcut.errors import ShortcutError
+from shortcut.publish.results import EVALUATION
 from shortcut.records.plan import Plan, format_plan, read_plan
 from shortcut.records.scores import format_scores, read_scores
 from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_json
@@ -65,6 +66,8 @@ def records_to_push(folder: Path, base: Checkpoint) -> dict[str, bytes]:
     if (folder / "scores.json").exists():
         scores = replace(read_scores(folder / "scores.json"), base=shown)
         texts["scores.json"] = format_scores(replace(scores, calibration=_without_paths(scores.calibration)))
+    if (folder / EVALUATION).exists():
+        texts[EVALUATION] = json.dumps(_without_paths(read_json(folder / EVALUATION)), indent=2, ensure_ascii=False)
     return {name: text.encode() for name, text in texts.items()}
 
 
