@@ -60,7 +60,7 @@ PRESETS: dict[PresetName, Preset] = {
         "the blocks without which text is predicted best, but the first four and the last two",
     ),
     # Its averaged metric; by default it looks at the last token only, which is deeper-layers. Its search gives the
-    # start of the best span of one block more than asked for: not reproduced. Sequences: the tool's.
+    # start of the best span of one block more than asked for, in release 1.0.0: not reproduced. Sequences: the tool's.
     "short-transformers": Preset(
         {"metric": "angular-all", "select": "span", "average": "sequences"},
         "github.com/melisa-writer/short-transformers",
