@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from shortcut import runs
+from shortcut import __version__, runs
 from shortcut.errors import ShortcutError
 from shortcut.presets import SUITES, SuiteName, with_presets
 from shortcut.progress import track
@@ -75,6 +75,7 @@ def eval(  # noqa: A001  (the word on the command line)
         raise ShortcutError(f"{model} and {base} read the same text as other tokens: perplexities cannot be compared")
     loaded = load_tasks(tasks, shots, quiet=quiet) if tasks else ()
     how: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "device": device, "dtype": dtype, **trust}
+    packages = ("torch", "transformers", *["lm_eval"] * bool(loaded))
     found = [_measure(each, unseen, asked, loaded, quiet=quiet, **how) for each in checkpoints]
     settings = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -85,9 +86,7 @@ def eval(  # noqa: A001  (the word on the command line)
         "questions": {"source": questions, "count": len(asked), "seed": seed, "hash": hash_of(asked)},
         "tasks": found[0][1],
         **how,
-        "versions": {
-            name: version(name) for name in ("shortcut", "torch", "transformers", *["lm_eval"] * bool(loaded))
-        },
+        "versions": {name: version(name) for name in packages} | {"shortcut": __version__},
     }
     names, figures = tuple(each.name for each in checkpoints), tuple(tuple(each) for each, _ in found)
     result = Evaluation(names, figures, unseen.described, settings)

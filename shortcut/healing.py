@@ -59,6 +59,7 @@ def heal(
     keep_adapter: bool = False,
     objective: Objective = "least-squares",
     data: str = "default",
+    own: int = 0,
     heldout: str = "heldout",
     questions: str = "default",
     split: str = "train",
@@ -93,7 +94,7 @@ def heal(
     training |= {"rank": rank, "alpha": alpha, "dropout": dropout, "tune": tune, "full": full, "bf16": bf16}
     training |= {"temperature": temperature, "match": match, "top_k": top_k, "accumulate": accumulate, "seed": seed}
     training |= {"batch_size": batch_size, "patience": patience, "gradient_checkpointing": gradient_checkpointing}
-    tuning = Tuning(distill="distill" in methods, keep_adapter=keep_adapter, **training)
+    tuning = Tuning(distill="distill" in methods, keep_adapter=keep_adapter, own=own, **training)
     tuning.check()
     _check_meant(given, methods)
     check_target(target, overwrite=overwrite, base=Path(short))
@@ -123,8 +124,11 @@ def heal(
     return report
 
 
-def check_methods(text: str, *, keep_adapter: bool = False, trains_for: float | None = None) -> tuple[Method, ...]:
-    """Read "fold,distill": one that is fitted, one that is trained, or the one and then the other."""
+def check_methods(text: str, *, keep_adapter: bool = False, told: bool = False) -> tuple[Method, ...]:
+    """Read "fold,distill": one that is fitted, one that is trained, or the one and then the other.
+
+    told: whether it was said how to train.
+    """
     known: tuple[Method, ...] = (*FITTED, *TRAINED)
     methods = tuple(name for word in text.split(",") for name in known if name == word.strip())
     if len(methods) != len(text.split(",")):
@@ -136,8 +140,8 @@ def check_methods(text: str, *, keep_adapter: bool = False, trains_for: float | 
         raise ShortcutError(
             f"--method {text}: one of {', '.join(FITTED)}, then one of {', '.join(TRAINED)}, or one alone"
         )
-    if trains_for is not None and "train" not in kinds:
-        raise ShortcutError(f"--minutes is how long {' and '.join(TRAINED)} train, and {text} trains nothing")
+    if told and "train" not in kinds:
+        raise ShortcutError(f"--minutes and --own are for {' and '.join(TRAINED)}, and {text} trains nothing")
     if keep_adapter and "fit" in kinds:
         raise ShortcutError(f"--keep-adapter is for {' and '.join(TRAINED)} alone: heal by {methods[0]} first")
     if "fit" in kinds and are_several():

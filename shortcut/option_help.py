@@ -16,6 +16,7 @@ OPTION_HELP = {
     '"default" (embedded prose) or "heldout" (other embedded prose); several, with commas, give equal shares of the '
     'sequences, or as they are weighted: "3*a.txt,b.jsonl"; for models that see, also files and data sets with images '
     '(or their paths or addresses) and questions, and "drawings", which come with the package',
+    "own": "how many sequences of --length tokens the base writes itself, to train on beside --data",
     "heldout": "text for the perplexity before and after, or questions about images, as for --data",
     "split": "split of a Hub data set",
     "column": "column that holds the text, or messages; found by itself when it is called text or messages, or stands "
@@ -83,8 +84,8 @@ OPTION_HELP = {
     "lowest one by one with the rest scored again each time; where several are tried, with commas, auto being all but "
     "greedy",
     "greedy": "how many moves to make one by one, by the first metric, scoring the rest again each time",
-    "scaled": "where blocks go one by one, score the rest with the stream as long as they made it, which is what "
-    "heal --method scale does afterwards",
+    "scaled": "where blocks go one by one, score the rest with the stream as long as they made it, much as it is after "
+    "heal --method scale",
     "stability": "how many parts of the text to score alone as well, to see whether they rank the blocks alike",
     "candidates": 'blocks that may go: "4-27", or all',
     "protect": 'blocks that must stay: "0-3,30-31", or plus for the first four and the last two',

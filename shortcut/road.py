@@ -1,4 +1,4 @@
-"""The whole road in one call: score, plan, cut, check; from options (`prune`), or as a demo."""
+"""The whole road in one call: score, plan, cut, check; by `prune`."""
 
 import importlib.util
 import os
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from shortcut.choose.trials import Trials
     from shortcut.publish.healed import HealReport
     from shortcut.publish.report import Report
-
-
-DEMO_SHARE = 0.2  # of the blocks
-SPEED_RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -108,6 +104,7 @@ def prune(
     format: Format = "custom",  # noqa: A002  (the word on the command line)
     heal: str | None = None,
     minutes: float | None = None,
+    own: int = 0,
     overwrite: bool = False,
     max_shard_size: str | None = None,
     revision: str | None = None,
@@ -122,7 +119,7 @@ def prune(
     `shortcut heal`; where that fails, the checkpoint that was to be healed stays in OUT.cut.
     """
     asked = dict(locals())
-    if (heal, minutes) != (None, None):
+    if (heal, minutes, own) != (None, None, 0):
         return _prune_and_heal(asked)
     from shortcut.checking.verify import check_checkpoint
     from shortcut.live import pick_device, pick_dtype
@@ -163,15 +160,18 @@ def prune(
 def _prune_and_heal(asked: dict[str, Any]) -> PruneReport:
     """Prune into a folder beside OUT, heal from there into OUT, and remove it. asked: what `prune` was called with."""
     if asked["heal"] is None:
-        raise ShortcutError("--minutes is how long --heal trains")
+        raise ShortcutError("--minutes and --own say how --heal trains: name a way to heal")
     out, quiet = Path(os.path.realpath(asked["out"])), asked["quiet"]
     between = out.with_name(f"{out.name}.cut")
-    healing.check_methods(asked["heal"], trains_for=asked["minutes"])
+    healing.check_methods(asked["heal"], told=(asked["minutes"], asked["own"]) != (None, 0))
+    if asked["own"] < 0 or (asked["minutes"] is not None and asked["minutes"] <= 0):
+        raise ShortcutError("--minutes has to be a positive number, and --own cannot be negative")
     for folder in (out, between):
         check_target(folder, overwrite=asked["overwrite"])
-    pruned = prune(**{**asked, "out": between, "heal": None, "minutes": None})
-    shared = ("data", "heldout", "split", "column", "chat_template", "length", "by_document", "seed", "batch_size")
-    how = {name: asked[name] for name in (*shared, "device", "dtype", "overwrite", "trust_remote_code", "minutes")}
+    pruned = prune(**{**asked, "out": between, "heal": None, "minutes": None, "own": 0})
+    shared = ["data", "heldout", "split", "column", "chat_template", "length", "by_document", "seed", "batch_size"]
+    shared += ["device", "dtype", "overwrite", "trust_remote_code", "minutes", "own"]
+    how = {name: asked[name] for name in shared}
     try:
         base = pruned.cut.plan.base
         healed = healing.heal(between, asked["out"], base=base.model, method=asked["heal"], quiet=quiet, **how)

@@ -123,10 +123,12 @@ def make_scores(
 
     device = device_of(live)
     batches = calibration.batches(batch_size, device)
-    settings = {"device": str(device), "dtype": str(live.dtype).removeprefix("torch."), "batch_size": batch_size}
-    settings["average"] = metrics[0].average
+    settings: dict[str, Any] = {"device": str(device), "dtype": str(live.dtype).removeprefix("torch.")}
+    settings |= {"batch_size": batch_size, "average": metrics[0].average, **({"scaled": True} if scaled else {})}
     partials = Partials({**settings, **identify(checkpoint), "calibration": calibration.hash, "part": own_part()})
     decoder, sizes, total = Decoder.of(live), checkpoint.block_parameters, checkpoint.parameters
+    if scaled:
+        decoder.check_alone("scaling")
     if decoder.fault is not None:
         slow = "the whole model runs for each of them, which is slow"
         say(f"the blocks of {checkpoint.name} cannot be run one by one ({decoder.fault}): {slow}", quiet=quiet)
@@ -141,7 +143,6 @@ def make_scores(
         how["weights"] = lambda block, action: {**goes, "drop": sizes}[action][block] if action != "keep" else 0
         how |= {"enough": share * total, "scaled": scaled}
         order = [move for move, _ in remove_greedily(decoder, batches, metrics[0], greedy, may_go, **how)]
-        settings |= {"scaled": True} if scaled else {}
     partials.forget()
     return Scores(
         base=checkpoint.base,

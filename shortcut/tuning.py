@@ -1,8 +1,9 @@
 """Healing by training: what is asked for, and one training from start to end."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from shortcut.surgery.stage import RECORD
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from shortcut.decoder import Decoder
     from shortcut.repair.keeper import Keeper
     from shortcut.repair.lora import Adapter
     from shortcut.repair.losses import Notes, Teacher
@@ -50,6 +52,7 @@ class Tuning:
     gradient_checkpointing: bool
     bf16: bool
     keep_adapter: bool
+    own: int
     seed: int
 
     def check(self) -> None:
@@ -60,8 +63,9 @@ class Tuning:
                 raise ShortcutError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number")
         if not 0 <= self.dropout < 1:
             raise ShortcutError(f"--dropout {self.dropout} is not between 0 and 1")
-        if self.top_k < 0 or self.match < 0:
-            raise ShortcutError("--top-k and --match cannot be negative")
+        for name in ("top_k", "match", "own"):
+            if getattr(self, name) < 0:
+                raise ShortcutError(f"--{name.replace('_', '-')} cannot be negative")
         if (self.top_k or self.match or self.temperature != 1) and not self.distill:
             raise ShortcutError("--top-k, --match and --temperature are for --method distill")
         if self.keep_adapter and self.full:
@@ -129,45 +133,60 @@ def train_checkpoint(
 
     Raises ShortcutError where its weights cannot be written back, and as `train` does.
     """
-    from shortcut.decoder import Decoder
     from shortcut.live import load_model
     from shortcut.repair.keeper import Keeper
-    from shortcut.repair.lora import adapt, check_kept
     from shortcut.repair.losses import Student
     from shortcut.repair.train import train
-    from shortcut.repair.write import check_changes, put_tensors, read_tensor
+    from shortcut.repair.write import check_changes, read_tensor
     from shortcut.scoring.pictures import Pictures
 
     cut, quiet = patient.cut, patient.quiet
     if isinstance(material, Pictures):
         material = material.with_answers()
-    rest, aside = material.split(min(ASIDE_MOST, max(1, len(material.sequences) // ASIDE)))
+    _set_aside(_with_text(material, [()] * tuning.own))  # of as many, to see whether it can be done
     tuning, dtype = _pick_arithmetic(tuning, patient)
-    model = load_model(cut.folder, **{**patient.loading, "dtype": "float32" if tuning.full else dtype})
-    put_tensors(model, cut, changed)
-    decoder, batches = Decoder.of(model), aside.batches(tuning.batch_size, model.device)
-    for option in ("match", "gradient_checkpointing"):
-        if getattr(tuning, option):
-            decoder.check_alone(f"--{option.replace('_', '-')}")
-    if batches[0].visual is not None and decoder.fault is None:
-        decoder.check_images(batches[0])
-    rank, alpha = (0 if tuning.full else tuning.rank), tuning.alpha or 2.0 * tuning.rank
-    adapter = adapt(decoder, rank=rank, alpha=alpha, dropout=tuning.dropout, tune=tuning.tune, seed=tuning.seed)
-    if tuning.keep_adapter:
-        check_kept(adapter, cut.config, cut.folder if "auto_map" in cut.config else None)
+    decoder, adapter = _adapt(patient, tuning, material, changed, dtype)
     names = {(block, name): cut.anatomy.join(block, f"{name}.weight") for block, name in adapter.projections}
     check_changes(cut, {names[where]: shape for where, shape in adapter.shapes.items()})
-    keeper = Keeper.open(
-        out.with_name(f"{out.name}.training"), {**_identify(patient, changed), "data": rest.hash, **tuning.depends_on()}
-    )
-    teacher = _teach(patient, tuning, rest, keeper, dtype) if tuning.distill else None
+    run = {**_identify(patient, changed), "data": material.hash, **tuning.depends_on()}
+    keeper = Keeper.open(out.with_name(f"{out.name}.training"), run)
+    base = cache(lambda: load_model(patient.base.folder, **{**patient.loading, "dtype": dtype}).requires_grad_(False))
+    rest, aside = _set_aside(_with_text(material, _write_own(base, patient, tuning, material, keeper)))
+    teacher = _teach(base, patient, tuning, rest, keeper) if tuning.distill else None
+    base.cache_clear()  # where it teaches, the teacher has it
     student = Student(decoder, teacher, recompute=tuning.gradient_checkpointing, bf16=tuning.bf16)
     say(f"training on {rest.tokens} tokens, with {aside.tokens} others set aside", quiet=quiet)
+    batches = aside.batches(tuning.batch_size, decoder.model.device)
     state = train(student, adapter.trained, rest, batches, tuning.pace(rest), keeper, quiet=quiet)
     old = {name: changed[name] if name in changed else read_tensor(cut, name) for name in names.values()}
     weights = {name: adapter.new_weight(*where, old[name]).to(old[name].dtype) for where, name in names.items()}
     record = {"method": tuning.method, **asdict(tuning), "data": material.record(), **asdict(state)}
     return Step(weights, record, (f"{tuning.method}: {state}",), adapter if tuning.keep_adapter else None, keeper)
+
+
+def _adapt(
+    patient: Patient, tuning: Tuning, material: "Material", changed: "Mapping[str, Tensor]", dtype: str
+) -> "tuple[Decoder, Adapter]":
+    """The shortened model, loaded with these changes, and what of it is trained. Raises as `train_checkpoint` does."""
+    from shortcut.decoder import Decoder
+    from shortcut.live import load_model
+    from shortcut.repair.lora import adapt, check_kept
+    from shortcut.repair.write import put_tensors
+
+    cut = patient.cut
+    model = load_model(cut.folder, **{**patient.loading, "dtype": "float32" if tuning.full else dtype})
+    put_tensors(model, cut, changed)
+    decoder, (first,) = Decoder.of(model), material.take([0]).batches(1, model.device)
+    for option in ("match", "gradient_checkpointing"):
+        if getattr(tuning, option):
+            decoder.check_alone(f"--{option.replace('_', '-')}")
+    if first.visual is not None and decoder.fault is None:
+        decoder.check_images(first)
+    rank, alpha = (0 if tuning.full else tuning.rank), tuning.alpha or 2.0 * tuning.rank
+    adapter = adapt(decoder, rank=rank, alpha=alpha, dropout=tuning.dropout, tune=tuning.tune, seed=tuning.seed)
+    if tuning.keep_adapter:
+        check_kept(adapter, cut.config, cut.folder if "auto_map" in cut.config else None)
+    return decoder, adapter
 
 
 def _pick_arithmetic(tuning: Tuning, patient: Patient) -> tuple[Tuning, str]:
@@ -196,15 +215,53 @@ def _identify(patient: Patient, changed: "Mapping[str, Tensor]") -> dict[str, An
     return {**found, "start": [digest.hexdigest(), healed]}
 
 
-def _teach(patient: Patient, tuning: Tuning, material: "Material", keeper: "Keeper", dtype: str) -> "Teacher | Notes":
+def _set_aside(material: "Material") -> "tuple[Material, Material]":
+    """What is trained on, and what decides."""
+    return material.split(min(ASIDE_MOST, max(1, len(material.sequences) // ASIDE)))
+
+
+def _with_text(material: "Material", sequences: Sequence[tuple[int, ...]]) -> "Material":
+    """The same with one text more. Raises ShortcutError for images."""
+    from shortcut.scoring.calibration import Calibration
+
+    if not sequences:
+        return material
+    if not isinstance(material, Calibration):
+        raise ShortcutError("--own is text, and this model learns from questions about images")
+    domains = (*material.domains, *[max(material.domains) + 1] * len(sequences))
+    return replace(material, sequences=(*material.sequences, *sequences), domains=domains)
+
+
+def _write_own(
+    base: Callable[[], Any], patient: Patient, tuning: Tuning, material: "Material", keeper: "Keeper"
+) -> Sequence[tuple[int, ...]]:
+    """What the base writes, where it is to; what was written before is not written again."""
+    from shortcut.live import load_tokenizer
+    from shortcut.repair.own import write_sequences
+    from shortcut.scoring.calibration import Calibration
+
+    if not tuning.own:
+        return ()
+    assert isinstance(material, Calibration)
+    tokenizer = load_tokenizer(patient.cut.folder, trust_remote_code=patient.loading["trust_remote_code"])
+    how: dict[str, Any] = {"seed": tuning.seed, "quiet": patient.quiet}
+    try:
+        return write_sequences(base, tokenizer, tuning.own, material.length, keeper.folder, **how)
+    except ShortcutError:
+        keeper.forget_unless_used()
+        raise
+
+
+def _teach(
+    base: Callable[[], Any], patient: Patient, tuning: Tuning, material: "Material", keeper: "Keeper"
+) -> "Teacher | Notes":
     """The base as a teacher; or where only its likeliest tokens count, what it says, noted on the disk."""
     import torch
 
     from shortcut.decoder import Decoder
-    from shortcut.live import load_model
     from shortcut.repair.losses import Notes, Teacher
 
-    live = load_model(patient.base.folder, **{**patient.loading, "dtype": dtype}).requires_grad_(False)
+    live = base()
     decoder = Decoder.of(live)
     if not tuning.top_k:
         return Teacher(decoder, patient.plan, tuning.temperature, tuning.match)

@@ -150,11 +150,11 @@ def test_prune_goes_on_with_healing(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "bad").exists()
     with pytest.raises(ShortcutError, match="--method folding: there are scale, fold, lora, distill"):
         shortcut.prune(base, tmp_path / "other", drop="2", heal="folding", **how)
-    with pytest.raises(ShortcutError, match="--minutes is how long lora and distill train, and scale trains nothing"):
+    with pytest.raises(ShortcutError, match="--minutes and --own are for lora and distill, and scale trains nothing"):
         shortcut.prune(base, tmp_path / "other", drop="2", heal="scale", minutes=1.0, **how)
     with pytest.raises(ShortcutError, match=r"bad\.cut is not empty"):
         shortcut.prune(base, tmp_path / "bad", drop="0-1", heal="fold", **how)
-    with pytest.raises(ShortcutError, match="--minutes is how long --heal trains"):
+    with pytest.raises(ShortcutError, match="--minutes and --own say how --heal trains: name a way"):
         shortcut.prune(base, tmp_path / "other", drop="2", minutes=1.0, **how)
 
 
@@ -212,7 +212,7 @@ def test_an_interrupted_run_goes_on(
     method: str, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed twice, at a look and between looks, it ends with the same bytes; with dropout, and over several epochs."""
-    how = {**TEXT, "method": method, "dropout": 0.2, "epochs": 2.0}
+    how = {**TEXT, "method": method, "dropout": 0.2, "epochs": 2.0, "own": 3 if method == "distill" else 0}
     expected = shortcut.heal(short, tmp_path / "whole", **how)
     real, limits = train._step, [4, 6]
     monkeypatch.setattr(train, "SAVE_AFTER", 0)
@@ -377,6 +377,8 @@ def test_models_without_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("--method lora --dtype float16", "training in float16 loses small gradients"),
         ("--method scale --rank 3", "--rank is for --method lora or distill"),
         ("--method scale --objective cosine", "--objective is for --method fold"),
+        ("--method lora --own -1", "--own cannot be negative"),
+        ("--method scale --own 9", "--own is for --method lora or distill"),
         ("--method lora --offload", "--offload is for --method scale or fold"),
         ("--method fold,lora --offload", "--offload is for what trains nothing"),
     ],
@@ -449,7 +451,9 @@ def frozen_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "distill"])
 def test_images(method: str, frozen_llava: Path, tmp_path: Path) -> None:
-    """The text decoder of a frozen model learns from questions with images and answers."""
+    """The text decoder of a frozen model learns from questions with images and answers, and from nothing else."""
+    with pytest.raises(ShortcutError, match="--own is text, and this model learns from questions about images"):
+        shortcut.heal(frozen_llava, tmp_path / "out", method=method, own=3, samples=9, quiet=True)
     how: dict[str, Any] = {"samples": 176, "batch_size": 8, "rank": 8, "learning_rate": 1e-3, "quiet": True}
     report = shortcut.heal(frozen_llava, tmp_path / "out", method=method, **how)
     assert report.cut.answers is not None
@@ -461,9 +465,10 @@ def test_images(method: str, frozen_llava: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one(short: Path, tmp_path: Path) -> None:
     """Each takes half of every step; the result is that of one process with steps twice as large."""
-    shortcut.heal(short, tmp_path / "one", method="distill", **TEXT, batch_size=4)
+    shortcut.heal(short, tmp_path / "one", method="distill", **TEXT, batch_size=4, own=4)
     argv = ["heal", str(short), str(tmp_path / "two"), "--method", "distill", "--batch-size", "2", "--json"]
     argv += ["--questions", "none", "--samples", "20", "--length", "24", "--learning-rate", "3e-3", "--rank", "3"]
+    argv += ["--own", "4"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "shortcut"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *argv], env=environment, capture_output=True, text=True)

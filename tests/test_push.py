@@ -21,9 +21,10 @@ from shortcut.cli import main
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
 from shortcut.publish.card import PLACEHOLDER, complete_card
+from shortcut.publish.results import read_evaluation
 from shortcut.surgery.checkpoint import read_checkpoint
 from tests.hub_server import SHA, Hub, check_card, serve
-from tests.test_eval import ROLLING, task_of
+from tests.test_eval import PIQA, ROLLING, task_of
 
 FEW: dict[str, Any] = {"samples": 2, "length": 32, "quiet": True}
 ALICE = {"name": "alice", "orgs": [{"name": "org"}], "auth": {"accessToken": {"role": "write"}}}
@@ -242,13 +243,16 @@ def test_what_was_written_by_hand_stays(hub: Hub, short: Path) -> None:
 @pytest.fixture
 def evaluated(hub: Hub, short: Path, tmp_path: Path) -> Path:
     """That checkpoint with what `eval` found of it, on two tasks whose data might have come from the Hub."""
-    lines = [json.dumps({"text": "lorem ipsum"}), json.dumps({"text": "dolor"})]
-    tasks = [task_of(tmp_path, name, lines, **ROLLING) for name in ("mine", "theirs")]
+    lines = [json.dumps({"goal": "a", "sol1": "b", "sol2": letter, "label": 1}) for letter in "cdef"]
+    how = {"mine": PIQA, "theirs": PIQA, "prose": ROLLING}
+    lines.append(json.dumps({"goal": "a", "sol1": "c", "sol2": "b", "label": 0, "text": "lorem ipsum"}))
+    tasks = [task_of(tmp_path, name, lines[-1:] if how[name] is ROLLING else lines, **how[name]) for name in how]
     few: dict[str, Any] = {"questions": "none", "tasks": ",".join(tasks), "out": short / "eval.json"}
     shortcut.eval(short, base=str(hub.repositories["org/tiny"]), **few, **FEW)
     found = json.loads((short / "eval.json").read_text())
     found["settings"]["tasks"]["mine"] |= {"dataset": "org/bench", "config": "hard"}
-    found["settings"]["tasks"]["theirs"] |= {"dataset": "org/prose"}
+    found["settings"]["tasks"]["theirs"] |= {"dataset": "org/other"}
+    found["settings"]["tasks"]["prose"] |= {"dataset": "org/bench", "config": "easy"}  # no share of right answers
     (short / "eval.json").write_text(json.dumps(found))
     bench = hub.repositories["org/tiny"].with_name("bench")
     bench.mkdir(exist_ok=True)
@@ -266,10 +270,10 @@ def test_evaluations_go_along(hub: Hub, evaluated: Path, tmp_path: Path) -> None
     (entry,) = parse_eval_result_entries(yaml.safe_load((remote / ".eval_results" / "shortcut.yaml").read_text()))
     figures = {row["name"]: row["model"] for row in found["figures"]}
     assert (entry.dataset_id, entry.task_id) == ("org/bench", "bench_hard")
-    assert entry.value == round(figures["mine byte_perplexity"]["value"], 2)
+    assert entry.value == round(100 * figures["mine acc"]["value"], 2)
     assert entry.date == found["settings"]["date"]
     assert entry.source_url == f"{hub.url}/org/short/blob/main/eval.json"
-    assert entry.notes.startswith("mine byte_perplexity of lm-evaluation-harness 0.")
+    assert entry.notes.startswith("mine acc of lm-evaluation-harness 0.")
     assert str(tmp_path) not in (remote / "eval.json").read_text()
     (table,) = re.findall(
         r"\[eval.json\]\(eval.json\) says on what:\n\n```\n(.*?)```", (remote / "README.md").read_text(), re.S
@@ -278,6 +282,13 @@ def test_evaluations_go_along(hub: Hub, evaluated: Path, tmp_path: Path) -> None
     assert head.split() == ["base", "95", "%", "model", "95", "%"]
     assert first.split()[5] == f"{figures['perplexity']['value']:.2f}"
     assert [row.split()[0] for row in rest[:2]] == ["mine", "theirs"]
+    pushed = shutil.copytree(remote, tmp_path / "pushed")
+    assert read_evaluation(pushed)["figures"] == found["figures"]  # whoever has it may push it on
+    shortcut.cut(evaluated, tmp_path / "twice", drop="0", quiet=True)
+    assert not (tmp_path / "twice" / "eval.json").exists()
+    (evaluated / "eval.json").unlink()
+    shortcut.push(evaluated, "org/short", **FEW)
+    assert hub.commits[-1]["deleted"] == [".eval_results/shortcut.yaml", "eval.json"]
 
 
 def test_evaluations_that_do_not(hub: Hub, evaluated: Path) -> None:

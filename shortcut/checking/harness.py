@@ -117,8 +117,8 @@ def run_tasks(
         figures += [_figure(head, task, found) for head in task.heads]
         for name, own in task.loaded["tasks"].items():
             ran[name] = {
-                "dataset": own.config.dataset_path,
-                "config": own.config.dataset_name,
+                "dataset": own.DATASET_PATH,
+                "config": own.DATASET_NAME,
                 "version": found["versions"].get(name),
                 "shots": found["n-shot"].get(name),
                 "questions": found["n-samples"][name]["effective"],

@@ -1,5 +1,6 @@
 """A checkpoint on its way to the Hub: may it go there, which files go, and in one line what went wrong."""
 
+import hashlib
 import json
 import re
 import sys
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from shortcut.errors import ShortcutError
-from shortcut.publish.results import EVALUATION
+from shortcut.publish.results import EVALUATION, RESULTS
 from shortcut.records.plan import Plan, format_plan, read_plan
 from shortcut.records.scores import format_scores, read_scores
 from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from shortcut.surgery.stage import RECORD
 
 _STAYS = {"report.html", "adapter"}  # the page names paths of this machine; the adapter is a model of its own
-_PATH = re.compile(r"(^|[*,])(/[^,*]+)")  # alone, or in a list of texts with their weights
+_PATH = re.compile(r"(^|[*,])(\.{0,2}/[^,*]+)")  # alone, or in a list of texts with their weights
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pth?|ckpt|gguf|msgpack|h5|onnx|onnx_data|ot|tflite|index\.json)")
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN, to a token that may write"
 _AGAIN = "run the same command again: what has gone up is not sent twice"
@@ -67,12 +68,14 @@ def records_to_push(folder: Path, base: Checkpoint) -> dict[str, bytes]:
         scores = replace(read_scores(folder / "scores.json"), base=shown)
         texts["scores.json"] = format_scores(replace(scores, calibration=_without_paths(scores.calibration)))
     if (folder / EVALUATION).exists():
-        texts[EVALUATION] = json.dumps(_without_paths(read_json(folder / EVALUATION)), indent=2, ensure_ascii=False)
+        found = _without_paths(read_json(folder / EVALUATION))
+        found["settings"]["record"] = hashlib.sha256(texts[RECORD].encode()).hexdigest()  # as it is there
+        texts[EVALUATION] = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
     return {name: text.encode() for name, text in texts.items()}
 
 
 def _without_paths(value: Any) -> Any:
-    """Plain data with the name of the file in the place of every absolute path, such as those of texts."""
+    """Plain data with the name of the file in the place of every path, such as those of texts."""
     if isinstance(value, str):
         return _PATH.sub(lambda match: match[1] + Path(match[2]).name, value)
     if isinstance(value, Mapping):
@@ -130,7 +133,8 @@ def upload(
 ) -> Pushed:
     """Upload files in one commit, making the repository and the branch where they are missing.
 
-    Weights that an earlier push left there and that are not among the files go, as transformers might load them.
+    Weights that an earlier push left there and that are not among the files go, as transformers might load them, and so
+    does what was measured of them.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
     from huggingface_hub.utils import disable_progress_bars
@@ -144,7 +148,8 @@ def upload(
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repository, branch=revision, exist_ok=True)
         there = api.list_repo_files(repository, revision=revision)
-        old = [name for name in there if _WEIGHTS.fullmatch(name) and name not in files]
+        stale = [name for name in there if _WEIGHTS.fullmatch(name) or name in (EVALUATION, RESULTS)]
+        old = [name for name in stale if name not in files]
         operations = [
             *(CommitOperationAdd(name, content) for name, content in files.items()),
             *map(CommitOperationDelete, old),

@@ -6,7 +6,7 @@ others, and on a part of a task, is in eval.json and on the card alone.
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,37 +54,37 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
 def results_to_push(found: Mapping[str, Any], repository: str, revision: str | None) -> bytes | None:
     """`.eval_results` of the tasks whose data are a benchmark on the Hub, for a model there; None where there are none.
 
-    Raises what huggingface_hub does.
+    Only shares of right answers count, of whole tasks. Raises what huggingface_hub does.
     """
     from huggingface_hub import EvalResultEntry, constants, eval_result_entries_to_yaml
 
     source = f"{constants.ENDPOINT}/{repository}/blob/{revision or 'main'}/{EVALUATION}"
-    settings, values = found["settings"], {row["name"]: row["model"] for row in found["figures"]}
+    settings = found["settings"]
+    shares = {row["name"]: row["model"]["value"] for row in found["figures"] if row["model"]["share"]}
     entries = []
     for task, ran in settings["tasks"].items() if settings["limit"] is None else ():
-        named = [name for name in values if name.partition(" ")[0] == task]
-        for benchmark in _tasks_of(ran["dataset"], ran["config"]) if named else ():
-            value = values[named[0]]["value"] * (100 if values[named[0]]["share"] else 1)
-            how = f"{named[0]} of lm-evaluation-harness {settings['versions']['lm_eval']}, {ran['shots']} shots"
+        name = next((name for name in shares if name.partition(" ")[0] == task), None)
+        benchmark = None if name is None else _find_benchmark(ran["dataset"], ran["config"])
+        if benchmark is not None:
+            how = f"{name} of lm-evaluation-harness {settings['versions']['lm_eval']}, {ran['shots']} shots"
             where: dict[str, Any] = {"date": settings["date"], "source_url": source, "source_name": EVALUATION}
-            entries.append(EvalResultEntry(ran["dataset"], benchmark, round(value, 2), notes=how, **where))
-    if not entries:
-        return None
-    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False).encode()
+            entries.append(EvalResultEntry(ran["dataset"], benchmark, round(100 * shares[name], 2), notes=how, **where))
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False).encode() if entries else None
 
 
-def _tasks_of(dataset: str, config: str | None) -> Iterator[str]:
-    """The task of a benchmark that is about this configuration of its data; nothing where the data are no benchmark."""
+def _find_benchmark(dataset: str | None, config: str | None) -> str | None:
+    """The task of a benchmark that is about this configuration of its data; None where the data are no benchmark."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
-        return
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", dataset or ""):
+        return None
     try:
-        path = hf_hub_download(dataset, "eval.yaml", repo_type="dataset")
+        path = hf_hub_download(str(dataset), "eval.yaml", repo_type="dataset")
         tasks = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["tasks"]
-        fitting = [task["id"] for task in tasks if config in (None, task.get("config"))]
-    except (EntryNotFoundError, RepositoryNotFoundError, yaml.YAMLError, KeyError, TypeError):
-        return
-    if len(fitting) == 1:
-        yield fitting[0]
+        fitting = [str(task["id"]) for task in tasks if config in (None, task.get("config"))]
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError):
+        return None
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):  # of another format than this
+        return None
+    return fitting[0] if len(fitting) == 1 else None

@@ -77,6 +77,11 @@ class Keeper:
         if is_writer():
             shutil.rmtree(self.folder)
 
+    def forget_unless_used(self) -> None:
+        """Remove it if nothing is kept in it: whoever tries again may do it otherwise."""
+        if is_writer() and [path.name for path in self.folder.iterdir()] == [RUN]:
+            shutil.rmtree(self.folder)
+
     def _write(self, name: str, write: Any) -> None:
         """A file, whole or not at all."""
         with writer_first():

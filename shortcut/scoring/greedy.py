@@ -28,7 +28,7 @@ def growth(before: Tensor, after: Tensor) -> Tensor:
     return torch.where(lengths > 0, vector_norm(after, dim=-1) / lengths, 1.0)
 
 
-GROWTH = Metric("growth", growth, "states", "all", "‖y‖ / ‖x‖", "arXiv:2507.18212")
+GROWTH = Metric("stream growth", growth, "states", "all", "‖y‖ / ‖x‖", "arXiv:2507.18212")
 
 
 def check_greedy(metric: Metric, count: int | None, candidates: int, depth: int, allow: Sequence[Action]) -> int:
@@ -69,8 +69,6 @@ def remove_greedily(
     done, scales = dict[int, Action](), dict[int, float]()
     metrics = [metric, GROWTH] if scaled else [metric]
     check_greedy(metric, count, len(left), depth, allow)
-    if scaled:
-        decoder.check_alone("scaling")
     for _ in track(range(count), "removing", quiet=quiet):
         if sum(weights(*move) for move in done.items()) >= enough:
             return

@@ -38,7 +38,7 @@ from shortcut.text import format_count, format_size
 # Files beside the weights that stay behind: other forms of the weights, caches, and what speaks of the base alone.
 _LEFT_BEHIND = re.compile(
     r"""(?x) .*\.(safetensors|bin|pth?|gguf|msgpack|h5|onnx|onnx_data|ot|tflite|index\.json)
-    | config\.json | README\.md | plan\.yaml | scores\.(json|png) | report\.html | shortcut\.json | \..* """
+    | (config|eval|scores|shortcut)\.json | README\.md | plan\.yaml | scores\.png | report\.html | \..* """
 )
 _EXTRA_HEAD = re.compile(r"(^|\.)mtp[._]")  # multi-token prediction, where it has a container of its own
 _SKIPPED_FOLDERS = {"original", "onnx", "openvino", "optimizer", "runs", "metal", "coreml", "adapter"}
