@@ -141,7 +141,7 @@ def check_methods(text: str, *, keep_adapter: bool = False, told: bool = False) 
             f"--method {text}: one of {', '.join(FITTED)}, then one of {', '.join(TRAINED)}, or one alone"
         )
     if told and "train" not in kinds:
-        raise ShortcutError(f"--minutes and --own are for {' and '.join(TRAINED)}, and {text} trains nothing")
+        raise ShortcutError(f"--minutes, --own and --bf16 are for {' and '.join(TRAINED)}, and {text} trains nothing")
     if keep_adapter and "fit" in kinds:
         raise ShortcutError(f"--keep-adapter is for {' and '.join(TRAINED)} alone: heal by {methods[0]} first")
     if "fit" in kinds and are_several():

@@ -105,6 +105,7 @@ def prune(
     heal: str | None = None,
     minutes: float | None = None,
     own: int = 0,
+    bf16: bool = False,
     overwrite: bool = False,
     max_shard_size: str | None = None,
     revision: str | None = None,
@@ -119,7 +120,7 @@ def prune(
     `shortcut heal`; where that fails, the checkpoint that was to be healed stays in OUT.cut.
     """
     asked = dict(locals())
-    if (heal, minutes, own) != (None, None, 0):
+    if (heal, minutes, own, bf16) != (None, None, 0, False):
         return _prune_and_heal(asked)
     from shortcut.checking.verify import check_checkpoint
     from shortcut.live import pick_device, pick_dtype
@@ -160,17 +161,17 @@ def prune(
 def _prune_and_heal(asked: dict[str, Any]) -> PruneReport:
     """Prune into a folder beside OUT, heal from there into OUT, and remove it. asked: what `prune` was called with."""
     if asked["heal"] is None:
-        raise ShortcutError("--minutes and --own say how --heal trains: name a way to heal")
+        raise ShortcutError("--minutes, --own and --bf16 say how --heal trains: name a way to heal")
     out, quiet = Path(os.path.realpath(asked["out"])), asked["quiet"]
     between = out.with_name(f"{out.name}.cut")
-    healing.check_methods(asked["heal"], told=(asked["minutes"], asked["own"]) != (None, 0))
+    healing.check_methods(asked["heal"], told=(asked["minutes"], asked["own"], asked["bf16"]) != (None, 0, False))
     if asked["own"] < 0 or (asked["minutes"] is not None and asked["minutes"] <= 0):
         raise ShortcutError("--minutes has to be a positive number, and --own cannot be negative")
     for folder in (out, between):
         check_target(folder, overwrite=asked["overwrite"])
-    pruned = prune(**{**asked, "out": between, "heal": None, "minutes": None, "own": 0})
+    pruned = prune(**{**asked, "out": between, "heal": None, "minutes": None, "own": 0, "bf16": False})
     shared = ["data", "heldout", "split", "column", "chat_template", "length", "by_document", "seed", "batch_size"]
-    shared += ["device", "dtype", "overwrite", "trust_remote_code", "minutes", "own"]
+    shared += ["device", "dtype", "overwrite", "trust_remote_code", "minutes", "own", "bf16"]
     how = {name: asked[name] for name in shared}
     try:
         base = pruned.cut.plan.base

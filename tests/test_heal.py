@@ -129,7 +129,7 @@ def test_prune_goes_on_with_healing(base: Path, tmp_path: Path) -> None:
     """One command from the model to the healed checkpoint; its page says how to make it again."""
     (tmp_path / "few.txt").write_text(files("shortcut").joinpath("data", "calibration.txt").read_text()[:2500])
     how: dict[str, Any] = {"data": str(tmp_path / "few.txt"), "samples": 8, "length": 24, "quiet": True}
-    report = shortcut.prune(base, tmp_path / "out", count=2, heal="lora", minutes=0.03, **how)
+    report = shortcut.prune(base, tmp_path / "out", count=2, heal="lora", minutes=0.03, own=4, bf16=True, **how)
     assert report.healed is not None
     assert report.check.perplexity == report.healed.cut.perplexity > report.healed.check.perplexity
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few.txt", "out"]
@@ -138,7 +138,9 @@ def test_prune_goes_on_with_healing(base: Path, tmp_path: Path) -> None:
     values = [page["columns"][name]["perplexity"] for name in page["columns"]]
     assert values == [report.check.perplexity_base, report.check.perplexity, report.healed.check.perplexity]
     assert page["how"]["command"].startswith(f"shortcut prune {base} {tmp_path / 'out'} --count 2 --data")
-    assert "--heal lora --minutes 0.03" in page["how"]["command"]
+    assert "--heal lora --minutes 0.03 --own 4 --bf16" in page["how"]["command"]
+    (step,) = json.loads((tmp_path / "out" / "shortcut.json").read_text())["healed"]["steps"]
+    assert (step["own"], step["bf16"]) == (4, True)
     assert page["how"]["changes"] == list(report.healed.changes)
     assert page["scores"] == json.loads((tmp_path / "out" / "scores.json").read_text())
     assert "healed by `lora`" in (tmp_path / "out" / "README.md").read_text()
@@ -150,11 +152,11 @@ def test_prune_goes_on_with_healing(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "bad").exists()
     with pytest.raises(ShortcutError, match="--method folding: there are scale, fold, lora, distill"):
         shortcut.prune(base, tmp_path / "other", drop="2", heal="folding", **how)
-    with pytest.raises(ShortcutError, match="--minutes and --own are for lora and distill, and scale trains nothing"):
+    with pytest.raises(ShortcutError, match="--minutes, --own and --bf16 are for lora and distill, and scale"):
         shortcut.prune(base, tmp_path / "other", drop="2", heal="scale", minutes=1.0, **how)
     with pytest.raises(ShortcutError, match=r"bad\.cut is not empty"):
         shortcut.prune(base, tmp_path / "bad", drop="0-1", heal="fold", **how)
-    with pytest.raises(ShortcutError, match="--minutes and --own say how --heal trains: name a way"):
+    with pytest.raises(ShortcutError, match="--minutes, --own and --bf16 say how --heal trains: name a way"):
         shortcut.prune(base, tmp_path / "other", drop="2", minutes=1.0, **how)
 
 
