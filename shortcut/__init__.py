@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from shortcut.recipes import run as run
     from shortcut.records.plan import Plan as Plan
     from shortcut.records.scores import Scores as Scores
+    from shortcut.refreshing import refresh as refresh
     from shortcut.road import prune as prune
     from shortcut.scoring.metrics import Metric as Metric
     from shortcut.scoring.metrics import add_metric as add_metric
@@ -60,6 +61,7 @@ _HOME = {
     "Scores": "shortcut.records.scores",
     "ShortcutError": "shortcut.errors",
     "preview": "shortcut.surgery.preview",
+    "refresh": "shortcut.refreshing",
     "run": "shortcut.recipes",
     "speed": "shortcut.timing",
 }

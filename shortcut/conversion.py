@@ -16,7 +16,8 @@ from typing import Any
 from shortcut.errors import ShortcutError
 from shortcut.progress import say
 from shortcut.surgery.checkpoint import INDEX, SINGLE, read_json, read_weight_map
-from shortcut.surgery.cut import copy_side_files, write_json
+from shortcut.surgery.config import rope_apart
+from shortcut.surgery.side_files import copy_side_files, write_json
 from shortcut.surgery.stage import RECORD, staged
 
 PICKLE = "pytorch_model.bin"
@@ -25,7 +26,7 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 def convert_gguf(path: Path, *, quiet: bool = False) -> Path:
     """Dequantise a GGUF file into a bfloat16 checkpoint; gives its folder."""
-    folder = _cached(path, [path])
+    folder = _cached(path, [path], edition=2)
     if (folder / RECORD).exists():
         return folder
     try:
@@ -50,8 +51,26 @@ def convert_gguf(path: Path, *, quiet: bool = False) -> Path:
     with staged(folder) as partial:
         model.to(torch.bfloat16).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        _write_for_older_readers(partial)
         write_json(partial / RECORD, {"shortcut": 1, "converted_from": path.name})
     return folder
+
+
+def _write_for_older_readers(folder: Path) -> None:
+    """Put the rope base where transformers 4 and servers look for it as well, unless transformers reads it otherwise.
+
+    Without that they take the default base, and write nonsense without a word.
+    """
+    from transformers import AutoConfig
+
+    content = read_json(folder / "config.json")
+    rope = content.get("rope_parameters")
+    if not isinstance(rope, dict) or not {"rope_theta", "rope_type"} <= rope.keys():
+        return
+    expected = AutoConfig.from_pretrained(folder)
+    write_json(folder / "config.json", {**content, **rope_apart(rope)})
+    if AutoConfig.from_pretrained(folder).rope_parameters != expected.rope_parameters:
+        write_json(folder / "config.json", content)
 
 
 def pickles_in(folder: Path) -> list[Path]:
@@ -115,10 +134,15 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}
 
 
-def _cached(source: Path, paths: Iterable[Path]) -> Path:
-    """Where in the user's cache the conversion of these files, as they are now, belongs."""
+def _cached(source: Path, paths: Iterable[Path], edition: int = 1) -> Path:
+    """Where in the user's cache the conversion of these files, as they are now, belongs.
+
+    edition: counts what conversions have been made of the same file.
+    """
     from huggingface_hub.constants import HF_HOME
 
     states = [(path, path.stat()) for path in paths]
-    key = " ".join(f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states)
+    key = f"{edition} " * (edition > 1) + " ".join(
+        f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states
+    )
     return Path(HF_HOME) / "shortcut" / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"

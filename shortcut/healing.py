@@ -18,9 +18,11 @@ from shortcut.progress import byte_bar, say
 from shortcut.records.healing import FITTED, TRAINED, Method, Objective, Tune
 from shortcut.records.plan import Plan
 from shortcut.scoring.documents import Source
-from shortcut.surgery.checkpoint import Checkpoint, read_checkpoint, read_json
+from shortcut.sources import open_folder
+from shortcut.surgery.checkpoint import Checkpoint, read_json
 from shortcut.surgery.compare import compare_tensors
-from shortcut.surgery.cut import write_checkpoint, write_json
+from shortcut.surgery.cut import write_checkpoint
+from shortcut.surgery.side_files import write_json
 from shortcut.surgery.stage import RECORD, check_target, staged
 from shortcut.tuning import Patient, Step, Tuning, train_checkpoint
 
@@ -180,7 +182,7 @@ def _admit(
     if not folder.is_dir():
         raise ShortcutError(f"no folder {folder}")
     pick_dtype(loading["dtype"], pick_device(loading["device"]))
-    cut, plan = read_checkpoint(folder), read_record(folder)
+    cut, plan = open_folder(folder, quiet=quiet), read_record(folder)
     if plan is None or not plan.changes:
         raise ShortcutError(f"{folder} has no record ({RECORD}) of what went: there is nothing to heal")
     if methods[0] in FITTED and read_healed(folder):

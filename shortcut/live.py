@@ -178,7 +178,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     trust_remote_code = trusts(folder, trust_remote_code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except LOADING_ERRORS as error:
         raise ShortcutError(f"no usable tokenizer in {folder}: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -189,7 +189,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     trust_remote_code = trusts(folder, trust_remote_code=trust_remote_code)
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except LOADING_ERRORS as error:
         raise ShortcutError(f"no usable processor in {folder}: {' '.join(str(error).split())[:200]}") from None
     if not hasattr(processor, "tokenizer"):
         raise ShortcutError(f"the processor in {folder} reads text alone, not images")

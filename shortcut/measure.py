@@ -15,8 +15,7 @@ from shortcut.records.actions import FREEZING, parse_actions
 from shortcut.records.blocks import parse_blocks
 from shortcut.records.scores import Average, Scores, format_scores
 from shortcut.scoring.documents import Source
-from shortcut.sources import open_model
-from shortcut.surgery.checkpoint import read_checkpoint
+from shortcut.sources import open_folder, open_model
 from shortcut.surgery.stage import RECORD, write_text
 
 if TYPE_CHECKING:
@@ -207,7 +206,7 @@ def check(
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise ShortcutError(f"no folder {folder}")
-    short = read_checkpoint(folder)
+    short = open_folder(folder, quiet=quiet)
     carried_out = read_record(folder)
     if carried_out is None and base is not None:
         raise ShortcutError(f"{folder} has no record ({RECORD}) of what was dropped from {base}")

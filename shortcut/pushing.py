@@ -11,7 +11,8 @@ from shortcut.progress import say
 from shortcut.publish.push import Pushed, check_way, files_to_push, hub_errors, records_to_push, upload
 from shortcut.records.plan import Plan
 from shortcut.scoring.documents import Source
-from shortcut.surgery.checkpoint import Checkpoint, read_checkpoint
+from shortcut.sources import open_folder
+from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.stage import RECORD
 from shortcut.text import format_size
 
@@ -84,7 +85,7 @@ def push(
         raise ShortcutError(f"no folder {folder}")
     if create_pr and revision is not None:
         raise ShortcutError("--create-pr opens a pull request at the main branch: leave out --revision")
-    short, plan = read_checkpoint(folder), read_record(folder)
+    short, plan = open_folder(folder, quiet=quiet), read_record(folder)
     if plan is None:
         raise ShortcutError(f"{folder} has no record ({RECORD}) of what was cut: push is for what shortcut wrote")
     files, left_out = files_to_push(short)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from shortcut.conversion import PICKLE, PICKLE_INDEX, convert_gguf, convert_pickles, pickles_in
 from shortcut.errors import ShortcutError
+from shortcut.modeling.hollowing import is_outdated
+from shortcut.progress import say
 from shortcut.surgery.checkpoint import (
     INDEX,
     SINGLE,
@@ -50,6 +52,31 @@ def open_model(
     weights: whether all weights of a Hub model are to be fetched; if not, its headers are, and the rest when it is cut.
     Raises ShortcutError where there is no such model, and where there is no way to it.
     """
+    checkpoint = _find_model(model, revision, weights=weights, quiet=quiet)
+    tell_if_outdated(checkpoint, quiet=quiet)
+    return checkpoint
+
+
+def open_folder(folder: Path, *, quiet: bool = False) -> Checkpoint:
+    """Read the headers of a checkpoint that shortcut wrote into a folder."""
+    checkpoint = read_checkpoint(folder)
+    tell_if_outdated(checkpoint, quiet=quiet)
+    return checkpoint
+
+
+def tell_if_outdated(checkpoint: Checkpoint, *, quiet: bool) -> None:
+    """Say so where a checkpoint carries a modeling file of shortcut's that is no longer the one it would write."""
+    if is_outdated(checkpoint.folder, checkpoint.config):
+        way = f"`shortcut refresh {checkpoint.name}` renews it"
+        say(f"{checkpoint.name} has an older edition of its modeling file: {way}", quiet=quiet)
+
+
+def fetch_small(model: str, revision: str | None) -> Path:
+    """All files of a Hub model but its weights; gives their folder. Raises ShortcutError as `open_model` does."""
+    return _fetch(model, revision, _SMALL, quiet=True)
+
+
+def _find_model(model: str | Path, revision: str | None, *, weights: bool, quiet: bool) -> Checkpoint:
     path = Path(model).expanduser()
     if str(model) == DEMO_MODEL and not path.exists():
         path = Path(model := embedded_model())
@@ -116,7 +143,7 @@ def _open_remote(model: str, revision: str | None) -> Checkpoint | None:
     _refuse_adapter(model, sizes)
     if {PICKLE, PICKLE_INDEX} & sizes.keys() and not {SINGLE, INDEX} & sizes.keys():
         return None
-    folder = _fetch(model, info.sha, _SMALL, quiet=True)
+    folder = fetch_small(model, info.sha)
     home = Path(HF_HOME) / "shortcut" / "remote" / model.replace("/", "--") / str(info.sha)
     paths, mirrors = [], []
     for name in weight_files(folder, sizes):

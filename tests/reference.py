@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shortcut.checking.speed import cache_in
 from shortcut.decoder import Batch, Decoder
+from shortcut.modeling.passing import cache_argument
 from shortcut.scoring.blocks import score_blocks
 from shortcut.scoring.metrics import Metric
 
@@ -40,6 +42,18 @@ def bypassed(model: Any, dropped: Iterable[int]) -> Iterator[None]:
 def logits(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """(batch, tokens, vocabulary), without a cache."""
     return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+@torch.no_grad()
+def cached(model: Any, cache: Any = None, **inputs: Any) -> tuple[Tensor, Any]:
+    """Logits, and the cache behind these tokens, under whatever names this release of transformers has for it."""
+    output = model(**inputs, use_cache=True, **with_cache(model, cache))
+    return output.logits, cache_in(output)
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """A cache as an argument of a model and of its `generate`."""
+    return {} if cache is None else {cache_argument(model.forward): cache}
 
 
 @torch.no_grad()

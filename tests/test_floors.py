@@ -23,7 +23,7 @@ FLOORS = [
     {"sources", "columns"},
     {"commands", "talk"},
     {"runs", "comparing"},
-    {"measure", "selection", "tuning", "evaluation", "pushing", "timing"},
+    {"measure", "selection", "tuning", "evaluation", "pushing", "refreshing", "timing"},
     {"healing"},
     {"road"},
     {"recipes", "freezing"},

@@ -17,7 +17,7 @@ import shortcut
 from shortcut.anatomy import visual_tokens
 from shortcut.errors import ShortcutError
 from shortcut.records.plan import Base, Plan
-from tests.reference import blocks_of
+from tests.reference import blocks_of, cached, with_cache
 from tests.sweep.tiny import VOCABULARY, tiny_model
 from tests.vision import DEPTH, FAMILIES, IMAGE, WORDS, Segments, as_videos, image_id, make_inputs, visual_ids
 
@@ -156,8 +156,8 @@ def test_a_second_turn(name: str, frozen: Callable[..., Any]) -> None:
     found = []
     for model in (base, short):
         with restored(model, FROZEN if model is base else ()), torch.no_grad():
-            cache = model(**first, use_cache=True).past_key_values
-            found.append(model(**second, past_key_values=cache).logits)
+            _, cache = cached(model, **first)
+            found.append(cached(model, cache, **second)[0])
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
 
 
@@ -170,8 +170,8 @@ def test_a_conversation_goes_on(name: str, frozen: Callable[..., Any]) -> None:
     written = []
     for model in (base, short):
         with restored(model, FROZEN if model is base else ()), torch.no_grad():
-            cache = model(**first, use_cache=True).past_key_values
-            written.append(model.generate(**{**second, **both}, past_key_values=cache, **GREEDY))
+            _, cache = cached(model, **first)
+            written.append(model.generate(**{**second, **both}, **with_cache(model, cache), **GREEDY))
     assert torch.equal(written[1], written[0])
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 import shortcut
+from shortcut.checking import speed
 from shortcut.cli import main
 from shortcut.errors import ShortcutError
 from shortcut.presets import HEAL_PRESETS
@@ -347,17 +348,22 @@ def test_infinite_gradients_change_nothing(short: Path, tmp_path: Path, monkeypa
     shortcut.heal(short, tmp_path / "out", method="lora", **TEXT)
 
 
-def test_models_without_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What cannot be timed is healed all the same, and it is said."""
+@pytest.mark.parametrize("keeps", [True, False])
+def test_models_without_keys_and_values(
+    keeps: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state is timed as a cache is; what keeps neither is healed all the same, and it is said."""
     config = MambaConfig(vocab_size=263, hidden_size=24, state_size=4, num_hidden_layers=4, eos_token_id=2)
     torch.manual_seed(0)
     MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
     make_tokenizer().save_pretrained(tmp_path / "mamba")
     shortcut.cut(tmp_path / "mamba", tmp_path / "short", drop="1", quiet=True)
+    if not keeps:
+        monkeypatch.setattr(speed, "cache_in", lambda _: None)
     report = shortcut.heal(tmp_path / "short", tmp_path / "out", method="lora", **{**TEXT, "learning_rate": 1e-2})
     assert report.check.perplexity < report.cut.perplexity
-    assert not report.worth.speeds
-    assert "not measured: " in capsys.readouterr().err
+    assert bool(report.worth.speeds) is keeps
+    assert ("not measured: " in capsys.readouterr().err) is not keeps
 
 
 @pytest.mark.parametrize(

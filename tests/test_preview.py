@@ -13,7 +13,7 @@ from shortcut.errors import ShortcutError
 from shortcut.live import load_model
 from shortcut.records.plan import Base, Plan
 from tests.conftest import DEPTH, FAMILIES
-from tests.reference import bypassed, greedy, logits
+from tests.reference import bypassed, cached, greedy, logits
 
 
 @pytest.mark.parametrize("drop", [(0, 4), (6,), (1, 2, 3)])
@@ -41,10 +41,10 @@ def test_preview_decodes_token_by_token(family: str, checkpoint_of: Callable[...
     with bypassed(model, (0, 4)):
         expected = greedy(model, token_ids, cache=False)
     with torch.no_grad(), shortcut.preview(model, Plan.dropping(Base("", None, DEPTH), (0, 4))):
-        output = model(token_ids, use_cache=True)
+        found, cache = cached(model, input_ids=token_ids)
         while tokens.shape != expected.shape:
-            tokens = torch.cat([tokens, output.logits[:, -1:].argmax(-1)], 1)
-            output = model(tokens[:, -1:], past_key_values=output.past_key_values, use_cache=True)
+            tokens = torch.cat([tokens, found[:, -1:].argmax(-1)], 1)
+            found, cache = cached(model, cache, input_ids=tokens[:, -1:])
     assert torch.equal(tokens, expected)
 
 

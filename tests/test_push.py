@@ -20,6 +20,7 @@ import shortcut
 from shortcut.cli import main
 from shortcut.errors import ShortcutError
 from shortcut.live import load_model
+from shortcut.modeling import editions
 from shortcut.publish.card import PLACEHOLDER, complete_card
 from shortcut.publish.results import read_evaluation
 from shortcut.surgery.checkpoint import read_checkpoint
@@ -403,3 +404,32 @@ def test_what_does_not_verify_stays_here(hub: Hub, short: Path, tmp_path: Path) 
         shortcut.push(short, "org/short", **FEW)
     assert hub.repositories.keys() == {"org/tiny"}
     assert (hub.commits, hub.sent) == ([], [])
+
+
+OLD = '# Edition 1\n"""An older file."""\n'
+
+
+@pytest.mark.parametrize("propose", [True, False])
+def test_a_modeling_file_is_renewed_on_the_hub(
+    propose: bool, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`refresh` of a Hub id uploads that one file, in a commit or as a proposal, and only where it is an old one."""
+    shortcut.cut("org/tiny", tmp_path / "half", drop="1", attention_only="3", quiet=True)
+    shortcut.push(tmp_path / "half", "org/half", **FEW)
+    shutil.rmtree(constants.HF_HUB_CACHE)  # this Hub calls every version by the same name
+    words = ["refresh", "org/half", *(["--create-pr"] if propose else [])]
+    assert main(words) == 0
+    assert "the current one: nothing to do" in capsys.readouterr().out
+    (hub.repositories["org/half"] / "modeling_hollow.py").write_text(OLD)
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    monkeypatch.setattr(editions, "_editions", lambda: {editions.hash_of(OLD): 1})
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert f"modeling_hollow.py of org/half: edition 1 -> edition {editions.EDITION}" in printed
+    assert ("pull request" in printed) is propose
+    commit = hub.commits[-1]
+    assert (commit["branch"], commit["pull_request"]) == ("main", propose)
+    assert (list(commit["files"]), commit["deleted"]) == (["modeling_hollow.py"], [])
+    if not propose:
+        pushed = (hub.repositories["org/half"] / "modeling_hollow.py").read_bytes()
+        assert pushed == (tmp_path / "half" / "modeling_hollow.py").read_bytes()

@@ -18,7 +18,7 @@ from shortcut.surgery import savings as module
 from shortcut.surgery.checkpoint import read_checkpoint
 from shortcut.surgery.savings import cache_per_token
 from tests.conftest import DEPTH, VOCABULARY
-from tests.reference import blocks_of
+from tests.reference import blocks_of, cached
 
 CONTEXT = 64
 
@@ -27,10 +27,10 @@ def operations(model: Any, plan: Plan, ids: torch.Tensor) -> tuple[int, int, int
     """Operations of the prompt and of one new token behind it, and the numbers in the cache per token."""
     with shortcut.preview(model, plan), torch.no_grad():
         with FlopCounterMode(display=False) as prompt:
-            cache = model(ids, use_cache=True).past_key_values
+            _, cache = cached(model, input_ids=ids)
         held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers if layer.keys is not None)
         with FlopCounterMode(display=False) as step:
-            model(ids[:, :1], past_key_values=cache)
+            cached(model, cache, input_ids=ids[:, :1])
     return prompt.get_total_flops(), step.get_total_flops(), held // ids.shape[1]
 
 
@@ -69,8 +69,7 @@ def test_the_cache_of_a_plan(format: Format, llama: Path, tmp_path: Path) -> Non
     plan = Plan.of(checkpoint.base, {1: "drop", 2: "attention-only", 4: "mlp-only", 5: "mlp-only"})
     shortcut.cut(llama, tmp_path / "short", plan=plan, format=format, quiet=True)
     ids = torch.arange(4, 15)[None]
-    with torch.no_grad():
-        layers = load_model(tmp_path / "short")(ids, use_cache=True).past_key_values.layers
+    layers = cached(load_model(tmp_path / "short"), input_ids=ids)[1].layers
     held = sum(layer.keys.numel() + layer.values.numel() for layer in layers if layer.keys is not None)
     assert cache_per_token(checkpoint, replace(plan, format=format)) == 2 * held // ids.shape[1]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Cache, DynamicCache, MambaConfig, MambaForCausalLM
 
 import shortcut
 from shortcut.checking import speed as timing
@@ -22,6 +23,7 @@ from shortcut.presets import SPEED_PRESETS
 from shortcut.sources import open_model
 from shortcut.surgery.savings import CACHED, cache_per_token
 from tests.conftest import DEPTH, FAMILIES, VOCABULARY
+from tests.reference import cached
 
 HELD = 3_000_000  # bytes that the made-up process says a model takes
 
@@ -112,7 +114,7 @@ def test_the_cache_is_that_of_transformers(llama: Path, short: Path) -> None:
     """Bytes per token are those of the tensors in a cache, and what the headers say, of halves of blocks as well."""
     found = shortcut.speed(short, base=str(llama), prompt=7, new_tokens=3, batch_size=2, runs=1, quiet=True)
     for folder, key in ((short, "model"), (llama, "base")):
-        cache = load_model(folder)(input_ids=torch.ones(2, 9, dtype=torch.long), use_cache=True).past_key_values
+        _, cache = cached(load_model(folder), input_ids=torch.ones(2, 9, dtype=torch.long))
         tensors = [part for layer in cache.layers for part in (layer.keys, layer.values) if part is not None]
         size = sum(part.numel() * part.element_size() for part in tensors)
         assert found.to_dict()["figures"]["cache_bytes_per_token"][key]["median"] == size / 18
@@ -206,9 +208,9 @@ class OnGpu:
     def get_memory_footprint(self) -> int:
         return 300
 
-    def forward(self, **_: Any) -> Any:
+    def forward(self, cache: Cache | None = None, **_: Any) -> Any:
         """Logits of one token, and an empty cache."""
-        return SimpleNamespace(logits=torch.zeros(1, 1, 3), past_key_values=SimpleNamespace(layers=()))
+        return SimpleNamespace(logits=torch.zeros(1, 1, 3), cache=cache or DynamicCache())
 
     __call__ = forward
 
@@ -257,9 +259,31 @@ def test_a_process_that_fails_is_one_line(
     assert capsys.readouterr().err == expected
 
 
+def test_states_are_used() -> None:
+    """Mamba reads one token behind what its state holds: the same tokens as by reading all of them again."""
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=24, state_size=4, num_hidden_layers=3)).eval()
+    ids = Work(prompt=9, batch_size=2).ids([model])
+    read: list[int] = []
+    chosen: list[torch.Tensor] = []
+
+    def look(_: Any, __: Any, kwargs: Any, output: Any) -> None:
+        read.append(kwargs["input_ids"].shape[1])
+        chosen.append(output.logits[:, -1].argmax(-1))
+
+    handle = model.register_forward_hook(look, with_kwargs=True)
+    with torch.no_grad():
+        run_once(model, ids, 6, lambda: None)
+        handle.remove()
+        for token in chosen:
+            assert torch.equal(model(ids, use_cache=False).logits[:, -1].argmax(-1), token)
+            ids = torch.cat([ids, token[:, None]], dim=1)
+    assert read == [9, 1, 1, 1, 1, 1]
+
+
 def test_a_model_without_a_cache_is_refused(llama: Path) -> None:
     """Its new tokens would cost whole prompts, which is said instead."""
     model = load_model(llama)
-    model.register_forward_hook(lambda *_: SimpleNamespace(past_key_values=None))
+    model.register_forward_hook(lambda *_: SimpleNamespace(cache=None))
     with pytest.raises(ShortcutError, match="llama keeps no cache of keys and values"):
         run_once(model, Work(3, 2).ids([model]), 2, lambda: None)

@@ -9,9 +9,11 @@ from inspect import signature
 from typing import Any, TypeVar
 
 import torch
+from transformers import Cache
 
 from shortcut.errors import ShortcutError
 from shortcut.live import Model
+from shortcut.modeling.passing import cache_argument
 from shortcut.progress import track
 
 T = TypeVar("T")
@@ -97,15 +99,21 @@ def run_once(model: Model, ids: torch.Tensor, new_tokens: int, note: Callable[[]
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     output = model(input_ids=ids, use_cache=True, **last)
     notes.append(note())
-    if getattr(output, "past_key_values", None) is None:
+    if cache_in(output) is None:
         raise ShortcutError(f"{model.config.model_type} keeps no cache of keys and values: its speed is not measured")
+    place = cache_argument(model.forward)
     token = output.logits[:, -1:].argmax(-1)
     notes.append(note())
     for _ in range(new_tokens - 1):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **{place: cache_in(output)})
         token = output.logits[:, -1:].argmax(-1)
     notes.append(note())
-    return notes, output.past_key_values
+    return notes, cache_in(output)
+
+
+def cache_in(output: Any) -> Any:
+    """The cache among what a model returned; None where there is none."""
+    return next((value for value in vars(output).values() if isinstance(value, Cache)), None)
 
 
 def cache_bytes(cache: Any) -> int:

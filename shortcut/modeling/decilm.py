@@ -1,7 +1,7 @@
 """Llama whose blocks may lack their attention or their MLP, in the layout of DeciLM.
 
 `block_configs` in config.json says which: one entry per block, {"attention": {"no_op": true, ...}, "ffn": {...}}.
-This file is part of a checkpoint made by shortcut, and needs nothing but transformers 5. Apache-2.0.
+This file is part of a checkpoint made by shortcut, and needs nothing but transformers. Apache-2.0.
 """
 
 from typing import Any

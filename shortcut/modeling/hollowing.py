@@ -1,8 +1,9 @@
 """Which architectures can lose halves of blocks or freeze images in them, and the modeling file of such a checkpoint.
 
 `data/halves.json` says, for every architecture of transformers whose hollow checkpoints a sweep found exact, which
-modules of a block belong to which half. The modeling file is `hollow.py`, or `shortv.py` where blocks leave the tokens
-of images as they are, with the names of that architecture in it, or for the layout of DeciLM, `decilm.py` as it is.
+modules of a block belong to which half. The modeling file is made from `hollow.py`, or from `shortv.py` where blocks
+leave the tokens of images as they are, with the names of that architecture in it; for the layout of DeciLM, from
+`decilm.py` as it is.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shortcut.errors import ShortcutError
+from shortcut.modeling.editions import OLDEST, edition_of, flat_file, read_template
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class Modeling:
     file: str
     code: str
     settings: Mapping[str, Any]
+
+    @property
+    def oldest(self) -> str:
+        """The oldest release of transformers that it works with."""
+        return OLDEST[Path(self.file).stem.removeprefix("modeling_")]
 
 
 @dataclass(frozen=True)
@@ -57,31 +64,28 @@ class Hollowing:
         return "attention" if part == "attention" else "mlp" if part == "mlp" else None
 
     @property
-    def code(self) -> str:
-        """The text of the modeling file."""
-        template = _read("hollow.py")
+    def modeling(self) -> Modeling:
+        """The modeling file and the entries of config.json that name it, where blocks have lost halves."""
         halves = "".join(
             f'    "{half}": {json.dumps(dict(modules))},\n'
             for half, modules in (("attention", self.attention), ("mlp", self.mlp))
         )
-        text = re.sub(r"(?<=HALVES = \{\n).*?(?=\}\n)", lambda _: halves, template, flags=re.DOTALL)
-        return self._named(text, "llama", "Llama", "LlamaConfig", "LlamaForCausalLM", "model.layers")
-
-    @property
-    def modeling(self) -> Modeling:
-        """The modeling file and the entries of config.json that name it, where blocks have lost halves."""
-        return self._modeling("hollow", self.code)
+        text = re.sub(
+            r"(?<=HALVES = \{\n).*?(?=\}\n)", lambda _: halves, read_template("hollow"), count=1, flags=re.DOTALL
+        )
+        names = ("llama", "Llama", "LlamaConfig", "LlamaForCausalLM", "model.layers")
+        return self._modeling("hollow", self._named(text, *names))
 
     @property
     def freezing(self) -> Modeling:
         """The modeling file and the entries of config.json that name it, where blocks leave images as they are."""
         names = ("llava", "LLaVA", "LlavaConfig", "LlavaForConditionalGeneration", "model.language_model.layers")
-        return self._modeling("shortv", self._named(_read("shortv.py"), *names))
+        return self._modeling("shortv", self._named(read_template("shortv"), *names))
 
-    def _modeling(self, kind: str, code: str) -> Modeling:
+    def _modeling(self, kind: str, text: str) -> Modeling:
         classes = (kind.capitalize() + name for name in (self.config, self.architecture))
         settings = _settings(f"{kind}_{self.family}", f"modeling_{kind}", self.auto, *classes)
-        return Modeling(f"modeling_{kind}.py", code, settings)
+        return Modeling(f"modeling_{kind}.py", flat_file(kind, text), settings)
 
     def _named(self, text: str, family: str, title: str, config: str, architecture: str, blocks: str) -> str:
         """A modeling file with the names of this architecture in the place of those."""
@@ -97,15 +101,11 @@ def _settings(family: str, module: str, auto: str, config: str, architecture: st
     return {"model_type": family, "architectures": [architecture], "auto_map": auto_map}
 
 
-def _read(name: str) -> str:
-    return files("shortcut").joinpath("modeling", name).read_text(encoding="utf-8")
-
-
-DECILM = Modeling(
-    "modeling_decilm.py",
-    _read("decilm.py"),
-    _settings("nemotron-nas", "modeling_decilm", "AutoModelForCausalLM", "DeciLMConfig", "DeciLMForCausalLM"),
-)
+@cache
+def decilm() -> Modeling:
+    """The modeling file and the entries of config.json that name it, in the layout of DeciLM."""
+    names = ("nemotron-nas", "modeling_decilm", "AutoModelForCausalLM", "DeciLMConfig", "DeciLMForCausalLM")
+    return Modeling("modeling_decilm.py", flat_file("decilm", read_template("decilm")), _settings(*names))
 
 
 @cache
@@ -137,13 +137,25 @@ def modeling_of(config: Mapping[str, Any]) -> Modeling | None:
     named = config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else ""
     hollowing = read_hollowings().get(architecture.removeprefix("Hollow").removeprefix("Shortv"))
-    known = (hollowing.modeling, hollowing.freezing) if hollowing else (DECILM,)
+    known = (hollowing.modeling, hollowing.freezing) if hollowing else (decilm(),)
     return next((modeling for modeling in known if config.get("auto_map") == modeling.settings["auto_map"]), None)
 
 
 def has_own_code(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether the only code that a checkpoint runs is the modeling file that shortcut writes, to the letter."""
+    """Whether the only code that a checkpoint runs is a modeling file of shortcut's, to the letter, in any edition."""
+    return _carried(folder, config) is not None
+
+
+def is_outdated(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the modeling file of a checkpoint is shortcut's own, and no longer the one that it would write."""
+    modeling, text = modeling_of(config), _carried(folder, config)
+    return modeling is not None and text is not None and text != modeling.code
+
+
+def _carried(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The modeling file of a checkpoint, where it is shortcut's own."""
     modeling = modeling_of(config)
     if modeling is None or not (folder / modeling.file).is_file():
-        return False
-    return (folder / modeling.file).read_text(encoding="utf-8") == modeling.code
+        return None
+    text = (folder / modeling.file).read_text(encoding="utf-8", errors="replace")
+    return text if edition_of(text) is not None else None

@@ -15,6 +15,7 @@ from shortcut import __version__
 from shortcut.checking.verify import CheckReport
 from shortcut.errors import ShortcutError
 from shortcut.live import auto_class
+from shortcut.modeling.hollowing import modeling_of
 from shortcut.publish.results import evaluation_table
 from shortcut.records.actions import LISTED, Action
 from shortcut.records.blocks import format_blocks
@@ -68,7 +69,8 @@ _GONE: dict[Action, str] = {
     "drop": "{} are deleted",
     "attention-only": "{} have lost their MLP (`attention-only`)",
     "mlp-only": "{} have lost their attention (`mlp-only`)",
-    "last-token": "{} are passed by all tokens of a prompt but the last (`last-token`)",
+    "last-token": "{} are passed by all tokens of a prompt but the last (`last-token`; new tokens do not pass by, so "
+    "`generate` keeps its cache there, whatever `use_cache` says)",
     "freeze-visual": "{} leave the tokens of images as they are (`freeze-visual`)",
 }
 
@@ -193,8 +195,10 @@ def loading_code(short: Checkpoint, place: str) -> str:
         ", trust_remote_code=True" if each else ""
         for each in (trust, trust and (processor or _has_own_tokenizer(short.folder)))
     ]
+    modeling = modeling_of(short.config)
+    needs = f"  # {modeling.oldest} or newer" if modeling else ""
     return f"""\
-from transformers import {auto}, {reader}
+from transformers import {auto}, {reader}{needs}
 
 model = {auto}.from_pretrained({quoted}{trusts[0]})
 {reader.removeprefix("Auto").lower()} = {reader}.from_pretrained({quoted}{trusts[1]})"""

@@ -136,7 +136,7 @@ def upload(
     Weights that an earlier push left there and that are not among the files go, as transformers might load them, and so
     does what was measured of them.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils import disable_progress_bars
 
     api = HfApi()
@@ -155,6 +155,26 @@ def upload(
             *map(CommitOperationDelete, old),
         ]
         done = api.create_commit(repository, operations, commit_message=message, revision=revision, create_pr=create_pr)
+    return _pushed(repository, done, revision)
+
+
+def upload_file(
+    repository: str, name: str, text: str, message: str, *, revision: str | None, create_pr: bool
+) -> Pushed:
+    """Put one text file into a repository that is there already, in a commit of its own, or propose it."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    operations = [CommitOperationAdd(name, text.encode())]
+    with hub_errors(repository):
+        done = HfApi().create_commit(
+            repository, operations, commit_message=message, revision=revision, create_pr=create_pr
+        )
+    return _pushed(repository, done, revision)
+
+
+def _pushed(repository: str, done: Any, revision: str | None) -> Pushed:
+    from huggingface_hub import constants
+
     url = f"{constants.ENDPOINT}/{repository}" + (f"/tree/{revision}" if revision is not None else "")
     return Pushed(url, done.commit_url, done.pr_url)
 

@@ -242,3 +242,9 @@ def resolve_config(config: Mapping[str, Any], anatomy: Anatomy, code: Path | Non
     for key in anatomy.config_path:
         part = part[key]
     return part
+
+
+def rope_apart(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config.json from which transformers 4 and servers read what `rope_parameters` says."""
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else scaling}

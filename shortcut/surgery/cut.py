@@ -4,9 +4,7 @@ The plan becomes a list of output files (every tensor with its new name), then t
 last of all: until it is there, nothing loads the folder.
 """
 
-import json
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +14,8 @@ from typing import Any
 from shortcut import __version__
 from shortcut.anatomy import fused_axis
 from shortcut.errors import ShortcutError
-from shortcut.modeling.hollowing import DECILM, has_own_code, modeling_of
+from shortcut.modeling.editions import NEWEST, beyond_proof
+from shortcut.modeling.hollowing import decilm, has_own_code, modeling_of
 from shortcut.records.blocks import format_blocks
 from shortcut.records.plan import FORMAT, Plan
 from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint, read_json
@@ -31,17 +30,12 @@ from shortcut.surgery.numbering import (
     renumber_settings,
 )
 from shortcut.surgery.remote import bytes_to_fetch, fetch_tensors
+from shortcut.surgery.side_files import copy_side_files, write_json
 from shortcut.surgery.stage import RECORD, make_durable
 from shortcut.surgery.tensors import FLOATS, Tensor, select, write_file
 from shortcut.text import format_count, format_size
 
-# Files beside the weights that stay behind: other forms of the weights, caches, and what speaks of the base alone.
-_LEFT_BEHIND = re.compile(
-    r"""(?x) .*\.(safetensors|bin|pth?|gguf|msgpack|h5|onnx|onnx_data|ot|tflite|index\.json)
-    | (config|eval|scores|shortcut)\.json | README\.md | plan\.yaml | scores\.png | report\.html | \..* """
-)
 _EXTRA_HEAD = re.compile(r"(^|\.)mtp[._]")  # multi-token prediction, where it has a container of its own
-_SKIPPED_FOLDERS = {"original", "onnx", "openvino", "optimizer", "runs", "metal", "coreml", "adapter"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ class CutReport:
                 f"{verb} {self.out}",
                 f"{'drops' if plan.described[0].isdigit() else 'plan '}  {plan.described}",
                 f"keeps  {format_blocks(plan.kept)} ({len(plan.kept)} of {plan.base.blocks} blocks)",
-                *(["loads with trust_remote_code=True, for the modeling file in it"] if plan.needs_code else []),
+                *(_how_to_load() if plan.needs_code else []),
                 f"parameters {format_count(self.parameters_before)} -> {format_count(self.parameters_after)}, "
                 f"bytes {format_size(self.bytes_before)} -> {format_size(self.bytes_after)}",
                 *(f"{format_size(size):>9}  {name}" for name, size in self.files),
@@ -93,6 +87,15 @@ class CutReport:
                 *([f"from the Hub: {fetched} of {format_size(self.bytes_before)}"] if self.bytes_to_fetch else []),
             ]
         )
+
+
+def _how_to_load() -> list[str]:
+    lines = ["loads with trust_remote_code=True, for the modeling file in it"]
+    if beyond := beyond_proof():
+        lines.append(
+            f"that file is proven up to transformers {NEWEST}, and {beyond} is installed: see that check passes"
+        )
+    return lines
 
 
 def report_cut(
@@ -141,7 +144,7 @@ def shorten_config(
 
             guard(checkpoint, config, plan.kept, code)
     config = hollow_config(config, checkpoint, plan)
-    if modeling_of(config) is DECILM:  # by this plan, or by one before
+    if modeling_of(config) is decilm():  # by this plan, or by one before
         check_decilm(config, {name: tensor.shape for name, tensor in carry_over(checkpoint, plan).values()})
     return config
 
@@ -253,7 +256,7 @@ def write_checkpoint(
     copy_side_files(checkpoint.folder, folder)
     for path in (folder / name for name in QUANTISATION_FILES if plan.dropped and (folder / name).exists()):
         write_json(path, renumber_settings(read_json(path), checkpoint.anatomy, plan.kept, checkpoint.tensors))
-    if plan.needs_code:
+    if plan.needs_code or has_own_code(checkpoint.folder, checkpoint.config):
         write_modeling_file(folder, config)
     write_json(folder / RECORD, _record(checkpoint, plan))
     write_json(folder / "config.json", config)
@@ -282,18 +285,3 @@ def _index(files: tuple[OutputFile, ...]) -> dict[str, object]:
     }
     weight_map = {name: file.name for file in files for name, _ in file.tensors}
     return {"metadata": totals, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, processors, templates, remote code, licences: all that is not weights or about the base."""
-    for path in sorted(source.rglob("*")):
-        inside = path.relative_to(source)
-        hidden = any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in inside.parts[:-1])
-        if path.is_file() and not hidden and not _LEFT_BEHIND.fullmatch(path.name):
-            (target / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / inside)
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write a JSON file as transformers does: indented, in UTF-8."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shortcut.errors import ShortcutError
-from shortcut.modeling.hollowing import DECILM, hollowing_of
+from shortcut.modeling.hollowing import decilm, hollowing_of
 from shortcut.records.actions import GONE
 from shortcut.records.plan import Plan
 from shortcut.surgery.checkpoint import Checkpoint
-from shortcut.surgery.config import resolve_config
+from shortcut.surgery.config import resolve_config, rope_apart
 from shortcut.surgery.tensors import ROTARY_TABLE
 
 LLAMA_SHAPED = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -50,11 +50,7 @@ def llama_settings(checkpoint: Checkpoint) -> dict[str, Any]:
         wrong.append(f"intermediate_size = {found['intermediate_size']}, no multiple of {STEP}")
     if wrong:
         raise ShortcutError(f"--format decilm cannot hold {wrong[0]}: use --format custom")
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}  # older readers want these apart
-    return {field: resolved[field] for field in WRITTEN} | {
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
-    }
+    return {field: resolved[field] for field in WRITTEN} | rope_apart(rope)
 
 
 def decilm_config(config: Mapping[str, Any], checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
@@ -70,7 +66,7 @@ def decilm_config(config: Mapping[str, Any], checkpoint: Checkpoint, plan: Plan)
         blocks.append(
             {"attention": attention | {"replace_with_linear": False}, "ffn": mlp | {"replace_with_linear": False}}
         )
-    return {**config, **llama, **DECILM.settings, "block_configs": blocks}
+    return {**config, **llama, **decilm().settings, "block_configs": blocks}
 
 
 def mlp_width(multiplier: float, width: int) -> int:

@@ -52,9 +52,9 @@ class Preview:
             self._decoder = self._decoder or Decoder.of(self.model)
             stand_ins |= self._decoder.branches(number).silent(GONE[plan.actions[number]])
         for number in plan.blocks("last-token"):
-            from shortcut.modeling.hollow import last_token_only
+            from shortcut.modeling.passing import run_last
 
-            stand_ins[self.blocks[number]] = partial(last_token_only, self.blocks[number].forward)
+            stand_ins[self.blocks[number]] = partial(run_last, self.blocks[number], self.blocks[number].forward)
         if plan.frozen:
             content = {**self.model.config.to_dict(), "architectures": [type(self.model).__name__]}
             check_frozen(content, self.model.config, plan)
@@ -77,7 +77,8 @@ def _bypass(form: Callable[[Tensor], Any]) -> Callable[..., Any]:
 
 
 def _freezing(block: nn.Module) -> Callable[..., Any]:
-    from shortcut.modeling.shortv import FROZEN, run_some
+    from shortcut.modeling.passing import run_some
+    from shortcut.modeling.shortv import FROZEN
 
     own = block.forward
 
@@ -106,12 +107,17 @@ def _watching(model: Model, token_ids: Sequence[int]) -> Callable[..., Any]:
 def _without_cache_entries(model: Model, plan: Plan) -> Iterator[None]:
     """Tell the caches that transformers makes from the config that blocks without attention store nothing.
 
-    Otherwise the length of the cache is read from block 0, and stays 0 for ever when block 0 stores nothing.
+    Raises ShortcutError where it matters and this transformers cannot be told.
     """
+    from shortcut.modeling.passing import store_nothing
+
     config: Any = model.config.get_text_config(decoder=True)
     before = vars(config).get("kv_sharing_modes")
-    config.kv_sharing_modes = ["reuse" if "attention" in GONE[action] else None for action in plan.actions]
     try:
+        try:
+            store_nothing(config, ["attention" in GONE[action] for action in plan.actions])
+        except TypeError as error:
+            raise ShortcutError(str(error)) from None
         yield
     finally:
         if before is None:

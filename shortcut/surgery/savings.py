@@ -59,9 +59,10 @@ def _saving(checkpoint: Checkpoint, number: int, action: Action, hollowing: Holl
     if widths is None or not all(tensor.dtype in FLOATS for _, tensor in tensors):
         return Saving(action, parameters, None, None, None)
     queries, keys = widths
-    if action == "last-token":  # of all but the last token: all but the products that give queries, keys and values
+    if action == "last-token":  # of all but the last token: all but keys and values, and queries made with them
         whole = _saving(checkpoint, number, "drop", hollowing).prefill or 0
-        stays = 2 * (queries + 2 * keys) * int(text.get("hidden_size") or text.get("n_embd") or 0)
+        asks = not any("q_proj" in rest.split(".") for rest, _ in tensors)
+        stays = 2 * (queries * asks + 2 * keys) * int(text.get("hidden_size") or text.get("n_embd") or 0)
         return Saving(action, 0, 0, round((whole - stays) * (1 - 1 / CONTEXT)), 0)
     linear = sum(_operations(rest, tensor, text) for rest, tensor in going)
     attends = "attention" in GONE[action] and any(part_of(rest) == "attention" for rest, _ in tensors)
