@@ -49,6 +49,8 @@ def test_the_table_of_commands_runs(llama: Path, tmp_path: Path, monkeypatch: py
             continue
         if command == "freeze":
             words[1] = "frozen"
+        if command == "refresh":
+            words[0] = "frozen"
         words = [str(named.get(word, word)) for word in words]
         quiet = ["--quiet"] if command in ("score", "check", "prune", "freeze", "sweep", "eval", "speed", "run") else []
         assert main([command, *words, *small.get(command, "").split(), *quiet]) == 0, line

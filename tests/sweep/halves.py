@@ -49,9 +49,13 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
+    known = json.loads(TABLE.read_text(encoding="utf-8"))
     rows: dict[str, Any] = {}
     for family, kind in model_types():
-        if family in SKIPPED or (sys.argv[1:] and family not in sys.argv[1:]):
+        if sys.argv[1:] and family not in sys.argv[1:]:
+            continue
+        if {family, f"{family} {kind}"} & SKIPPED.keys():  # what an earlier release showed of it stands
+            rows |= {n: row for n, row in known.items() if (row["family"], row["auto"]) == (family, TASKS[kind])}
             continue
         try:
             with tempfile.TemporaryDirectory() as folder:

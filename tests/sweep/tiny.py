@@ -120,6 +120,7 @@ OVERRIDES: dict[str, Fields] = {
     "deepseek_ocr2_text": {"mlp_layer_types": _MOE, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "diffusion_gemma_text": {"global_head_dim": 16, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "dory": {"layer_types": _WINDOWS, "n_input_layers": 1, "n_output_layers": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {
         "head_dim": 12,
@@ -151,6 +152,7 @@ OVERRIDES: dict[str, Fields] = {
     "granitemoe_swa": {"layer_rope_theta": _THETAS},
     "granitemoehybrid": {"layer_types": [_LINEAR, "full_attention", _LINEAR, _LINEAR, *["full_attention"] * 2]},
     "hy_v4": _INDEXERS,
+    "hy_v4_vl_text": {"rope_parameters": _MROPE, "qk_rope_head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl_text": {"head_dim": 8, "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 1, 1]}},
@@ -233,11 +235,14 @@ _TEXT_ONLY = "AutoModelForCausalLM saves the text part alone, under a type that 
 _CODEC = "AutoModelForCausalLM lists its decoder, but cannot build or load it from the config that goes with the name."
 # Families that cannot be built, reloaded or run tiny here; with the kind where that is true of one kind only.
 SKIPPED: dict[str, str] = {
+    "apertus1p5 image-text": "Tokens of images and sounds are ranges of its vocabulary, larger than a tiny one; "
+    "apertus1p5_text covers the decoder.",
     "emu3 causal": _TEXT_ONLY,
     "evolla": "AutoModelForImageTextToText of this release lists the family, but does not recognise its config class.",
     "gemma3n": "Its vision tower is a timm model, and timm is no dependency; gemma3n_text covers the decoder.",
     "gemma4_assistant": _DRAFTER,
     "gemma4_unified_assistant": _DRAFTER,
+    "llama4 image-text": "Its forward in this release asks its text model for an output that it does not give.",
     "mllama causal": _TEXT_ONLY,
     "musicgen": _CODEC,
     "musicgen_melody": _CODEC,
