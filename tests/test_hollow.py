@@ -242,15 +242,17 @@ def test_what_cannot_be_hollow(checkpoint_of: Callable[..., Path], tmp_path: Pat
     other = tmp_path / "other"
     other.mkdir()
     (other / "model.safetensors").symlink_to(llama / "model.safetensors")
-    (other / "config.json").write_text(json.dumps({**config, "architectures": ["NoneSuchForCausalLM"]}))
-    with pytest.raises(ShortcutError, match="NoneSuchForCausalLM cannot lose parts of blocks"):
-        shortcut.cut(other, tmp_path / "three", mlp_only="3", quiet=True)
+    for family, architecture in (("llama", "NoneSuchForCausalLM"), ("exaone", "LlamaForCausalLM")):
+        changed = {**config, "model_type": family, "architectures": [architecture]}
+        (other / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ShortcutError, match=f"{architecture} of {family} cannot lose parts of blocks"):
+            shortcut.cut(other, tmp_path / "three", mlp_only="3", quiet=True)
     assert not (tmp_path / "three").exists()
 
 
 def test_the_modeling_file_names_its_architecture() -> None:
     """Of every architecture it compiles, needs no other package, and names that architecture and no other."""
-    for name, hollowing in read_hollowings().items():
+    for (_, name), hollowing in read_hollowings().items():
         code = hollowing.modeling.code
         compile(code, name, "exec")
         assert "shortcut." not in code

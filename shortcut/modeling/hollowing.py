@@ -109,36 +109,40 @@ def decilm() -> Modeling:
 
 
 @cache
-def read_hollowings() -> Mapping[str, Hollowing]:
-    """All architectures whose hollow checkpoints were found exact, by name."""
+def read_hollowings() -> Mapping[tuple[str, str], Hollowing]:
+    """All architectures whose hollow checkpoints were found exact, by family and name: families may share one."""
     rows = json.loads(files("shortcut").joinpath("data", "halves.json").read_text(encoding="utf-8"))
-    return {name: Hollowing(name, **{**row, "kept": tuple(row["kept"])}) for name, row in rows.items()}
+    return {(row["family"], row["architecture"]): Hollowing(**{**row, "kept": tuple(row["kept"])}) for row in rows}
 
 
 def hollowing_of(config: Mapping[str, Any]) -> Hollowing:
     """How the model of a config.json becomes hollow. Raises ShortcutError where that was not found exact."""
-    named = config.get("architectures")
-    architecture = str(named[0]) if isinstance(named, list) and named else "a model without architecture"
     if modeling_of(config) is not None:
         raise ShortcutError("blocks of a hollow checkpoint cannot lose more: carry a plan of all of it out on its base")
     if not can_be_hollow(config):
-        raise ShortcutError(f"{architecture} cannot lose parts of blocks: `shortcut families` lists what can")
-    return read_hollowings()[architecture]
+        family, architecture = _names(config)
+        model = f"{architecture} of {family}" if architecture else "a model without architecture"
+        raise ShortcutError(f"{model} cannot lose parts of blocks: `shortcut families` lists what can")
+    return read_hollowings()[_names(config)]
 
 
 def can_be_hollow(config: Mapping[str, Any]) -> bool:
     """Whether `hollowing_of` knows the model of a config.json."""
-    named = config.get("architectures")
-    return isinstance(named, list) and bool(named) and named[0] in read_hollowings() and "auto_map" not in config
+    return _names(config) in read_hollowings() and "auto_map" not in config
 
 
 def modeling_of(config: Mapping[str, Any]) -> Modeling | None:
     """The modeling file that a checkpoint of this config.json carries; None where it is none of shortcut's."""
-    named = config.get("architectures")
-    architecture = str(named[0]) if isinstance(named, list) and named else ""
-    hollowing = read_hollowings().get(architecture.removeprefix("Hollow").removeprefix("Shortv"))
+    hollowing = read_hollowings().get(_names(config, "hollow")) or read_hollowings().get(_names(config, "shortv"))
     known = (hollowing.modeling, hollowing.freezing) if hollowing else (decilm(),)
     return next((modeling for modeling in known if config.get("auto_map") == modeling.settings["auto_map"]), None)
+
+
+def _names(config: Mapping[str, Any], kind: str = "") -> tuple[str, str]:
+    """Family and architecture in a config.json, without what a kind of modeling file puts in front of them."""
+    named = config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else ""
+    return str(config.get("model_type")).removeprefix(f"{kind}_"), architecture.removeprefix(kind.capitalize())
 
 
 def has_own_code(folder: Path, config: Mapping[str, Any]) -> bool:
