@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test quick check lint types fix bench fuzz sweep build clean
+.PHONY: demo test quick check lint types fix bench fuzz sweep matrix build clean
 
 demo: $(READY)            ## shorten the embedded model by a fifth and show what it cost
 	$(BIN)/shortcut demo --overwrite
@@ -39,6 +39,9 @@ sweep: $(READY)           ## cut a tiny model of every family of transformers; r
 	$(BIN)/python -m tests.sweep.table .sweep.jsonl
 	$(BIN)/python -m tests.sweep.halves
 
+matrix: $(READY)          ## load one checkpoint of every kind with ten releases of transformers; writes README's table
+	$(BIN)/python -m tests.matrix
+
 build: $(READY)           ## wheel and source archive in dist/
 	$(BIN)/python -m build
 
@@ -63,4 +66,4 @@ $(READY): pyproject.toml .constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .mergekit .short-transformers dist build .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .matrix .mergekit .short-transformers dist build .coverage .pytest_cache .mypy_cache .ruff_cache

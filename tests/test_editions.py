@@ -355,6 +355,28 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 """
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ("import LlamaConfig, LlamaForCausalLM", "import LaterConfig", "does not know the family of this model: pip"),
+        (
+            '"model.layers"',
+            '"model.blocks"',
+            r"LlamaForCausalLM of transformers .* has no blocks at model\.blocks: use",
+        ),
+    ],
+)
+def test_releases_that_lack_something(was: str, now: str, message: str, llama: Path, tmp_path: Path) -> None:
+    """A family that is not there yet, or keeps its blocks elsewhere, is one line when the model is loaded."""
+    shortcut.cut(llama, tmp_path / "short", **LAST, quiet=True)
+    path = tmp_path / "short" / "modeling_hollow.py"
+    assert path.read_text().count(was) == 1
+    path.write_text(path.read_text().replace(was, now))
+    with pytest.raises((ImportError, TypeError), match=message) as error:
+        load(tmp_path / "short")
+    assert "\n" not in str(error.value)
+
+
 def test_older_releases_are_refused_by_name(llama: Path, tmp_path: Path) -> None:
     """A release before the oldest that will do gets one line, whatever else it lacks."""
     shortcut.cut(llama, tmp_path / "short", **LAST, quiet=True)

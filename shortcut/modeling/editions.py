@@ -14,7 +14,7 @@ from importlib.resources import files
 
 EDITION = 2
 # The oldest release of transformers that each kind of file works with, and the newest that `make matrix` ran.
-OLDEST = {"hollow": "5.14", "shortv": "5.14", "decilm": "4.57"}
+OLDEST = {"hollow": "5.8", "shortv": "5.8", "decilm": "4.57"}
 NEWEST = "5.24.0"
 
 _HEAD = """# Edition {edition}, for transformers {oldest} or newer, proven up to {newest}. `shortcut refresh` renews it.
@@ -29,6 +29,12 @@ if Version(transformers.__version__) < Version("{oldest}"):
 
 {imports}
 
+try:
+    from transformers import {native}
+except ImportError:
+    here = f"transformers {{transformers.__version__}}"
+    raise ImportError(f"{{here}} does not know the family of this model: pip install -U transformers") from None
+
 {body}"""
 _SHARED = "shortcut.modeling.passing"
 
@@ -41,6 +47,7 @@ def read_template(kind: str) -> str:
 def flat_file(kind: str, text: str) -> str:
     """The file that goes into a checkpoint: this text of a kind, and what it takes from the module that kinds share."""
     docstring, imports, body = _parts(text)
+    native = ", ".join(sorted(imports.pop("transformers")))
     if _SHARED in imports:
         del imports[_SHARED]
         _, more, shared = _parts(read_template(_SHARED.rpartition(".")[2]))
@@ -52,6 +59,7 @@ def flat_file(kind: str, text: str) -> str:
         newest=NEWEST,
         docstring=docstring,
         imports="\n".join(_in_order(imports)),
+        native=native,
         body=body.lstrip(),
     )
 

@@ -5,6 +5,7 @@ This file is part of a checkpoint made by shortcut, and needs nothing but transf
 """
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.utils import logging
 
 from shortcut.modeling.passing import (
     Whole,
+    blocks_in,
     changed_class,
     check_passing,
     given_to,
@@ -46,7 +48,7 @@ class Nothing(nn.Module):
         self.values = values[type(module).__name__] if isinstance(values, dict) else values
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = self.signature.bind(*args, **kwargs).arguments
+        given = given_to(self.signature, *args, **kwargs)
         stream = given.get("residual")  # some modules add to it themselves
         output = torch.zeros_like(next(iter(given.values()))) if stream is None else stream
         return (output, *[None] * (self.values - 1)) if self.values else output
@@ -76,10 +78,13 @@ class HollowLlamaForCausalLM(Whole, LlamaForCausalLM):
     def __init__(self, config: HollowLlamaConfig) -> None:
         super().__init__(config)
         text = config.get_text_config(decoder=True)
-        skipped = [getattr(layer, "skip", None) or [] for layer in text.per_layer_config]
+        layers = text.per_layer_config
+        if isinstance(layers, dict):  # as it is in config.json, until transformers 5.14
+            layers = [SimpleNamespace(**layers.get(str(number), {})) for number in range(text.num_hidden_layers)]
+        skipped = [getattr(layer, "skip", None) or [] for layer in layers]
         if any("attention" in skip for skip in skipped):
             store_nothing(text, ["attention" in skip for skip in skipped])
-        for block, layer, skip in zip(self.get_submodule(BLOCKS), text.per_layer_config, skipped, strict=True):
+        for block, layer, skip in zip(blocks_in(self, BLOCKS), layers, skipped, strict=True):
             for name, values in [item for half in skip for item in HALVES[half].items()]:
                 if hasattr(block, name):
                     setattr(block, name, Nothing(getattr(block, name), values))
@@ -89,10 +94,10 @@ class HollowLlamaForCausalLM(Whole, LlamaForCausalLM):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the native one, but always with a cache where prompts pass by blocks: new tokens do not pass by them."""
-        given = given_to(super().generate, *args, **kwargs)
+        given = given_to(inspect.signature(super().generate), *args, **kwargs)
         settings = given.get("generation_config") or self.generation_config
         wanted = given.get("use_cache", getattr(settings, "use_cache", None))
-        if wanted is False and any(isinstance(block, LastToken) for block in self.get_submodule(BLOCKS)):
+        if wanted is False and any(isinstance(block, LastToken) for block in blocks_in(self, BLOCKS)):
             logging.get_logger(__name__).warning_once(f"use_cache=False is not followed: {WITHOUT_CACHE}")
             kwargs["use_cache"] = True
         return super().generate(*args, **kwargs)

@@ -102,7 +102,7 @@ def run_some(block: nn.Module, forward: Callable[..., Any], rows: Rows, *args: A
 
     forward: that of the block. Raises TypeError where it does not take or use its arguments as this file knows them.
     """
-    given, place = given_to(forward, *args, **kwargs), cache_argument(forward)
+    given, place = given_to(inspect.signature(forward), *args, **kwargs), cache_argument(forward)
     states, cache, mask = next(iter(given.values())), given.get(place), given.get(MASK)
     rows = rows.to(states.device)
     if rows.passing.shape[1]:
@@ -129,12 +129,10 @@ def run_last(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs
     return run_some(block, forward, Rows.of_last(states.shape[1], states.device), *args, **kwargs)
 
 
-def given_to(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by name, in the order of the signature."""
-    bound = inspect.signature(forward).bind(*args, **kwargs)
-    given = dict(bound.arguments)
-    rest = [name for name, it in bound.signature.parameters.items() if it.kind is it.VAR_KEYWORD]
-    for name in rest:
+def given_to(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by name, in the order of the signature, then those that it does not name."""
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for name in [name for name, it in signature.parameters.items() if it.kind is it.VAR_KEYWORD]:
         given |= given.pop(name, {})
     return given
 
@@ -157,6 +155,15 @@ def cache_argument(forward: Callable[..., Any]) -> str:
 def _is_cache(annotation: Any) -> bool:
     kinds = get_args(annotation) or (annotation,)
     return any(isinstance(kind, type) and issubclass(kind, Cache) for kind in kinds)
+
+
+def blocks_in(model: nn.Module, path: str) -> Any:
+    """The blocks of a model. Raises TypeError where this release keeps them elsewhere."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        here = f"transformers {transformers.__version__}"
+        raise TypeError(f"{type(model).__name__} of {here} has no blocks at {path}: {WAY_OUT}") from None
 
 
 def check_passing(stock: Any) -> None:

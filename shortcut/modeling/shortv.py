@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from shortcut.modeling.passing import Rows, Whole, changed_class, check_passing, make_changed, run_some
+from shortcut.modeling.passing import Rows, Whole, blocks_in, changed_class, check_passing, make_changed, run_some
 
 BLOCKS = "model.language_model.layers"
 NATIVE, OWN = ("llava", "LlavaForConditionalGeneration"), ("shortv_llava", "ShortvLlavaForConditionalGeneration")
@@ -119,7 +119,7 @@ class ShortvLlavaForConditionalGeneration(Whole, LlavaForConditionalGeneration):
 
     def __init__(self, config: ShortvLlavaConfig) -> None:
         super().__init__(config)
-        for block in self.get_submodule(BLOCKS):
+        for block in blocks_in(self, BLOCKS):
             block.__class__ = changed_class(Freezing, type(block))  # type: ignore[arg-type]
         if (inner := self.base_model) is not self and inner.config is self.config:
             inner.__class__ = changed_class(Reading, type(inner))  # type: ignore[arg-type]
@@ -131,7 +131,7 @@ class ShortvLlavaForConditionalGeneration(Whole, LlavaForConditionalGeneration):
 
     def set_frozen_blocks(self, blocks: Sequence[int]) -> None:
         """Have the tokens of images pass by these blocks, and by no others. Raises ValueError for one not there."""
-        own = list(self.get_submodule(BLOCKS))
+        own = list(blocks_in(self, BLOCKS))
         if wrong := sorted(set(blocks) - set(range(len(own)))):
             raise ValueError(f"no block {wrong[0]}: the model has blocks 0-{len(own) - 1}")
         self.config.shortv = {**self.config.shortv, "blocks": sorted(set(blocks))}

@@ -81,6 +81,7 @@ def try_family(family: str, kind: Kind, folder: Path) -> Hollowing:
     hollowing.read_hollowings = lambda: {(found.family, found.architecture): found}  # type: ignore[assignment]
     model = load_model(folder / "base")
     inputs = tiny_inputs(model, kind)
+    writes = {way for way, tokens in generated(model, inputs).items() if isinstance(tokens, list)}
     for number, actions in enumerate(MIXTURES):
         plan = Plan.of(base.base, actions)
         try:
@@ -100,6 +101,8 @@ def try_family(family: str, kind: Kind, folder: Path) -> Hollowing:
             raise ValueError(f"mixture {number}: what goes does not matter")
         if generated(short, inputs) != continued:
             raise ValueError(f"mixture {number}: another continuation")
+        if broken := [tokens for way, tokens in continued.items() if way in writes and isinstance(tokens, str)]:
+            raise ValueError(f"mixture {number}: it no longer writes: {broken[0]}")
     last_token, freezes = (
         passes_by(model, inputs, folder),
         kind == "image-text" and leaves_images(model, inputs, folder),
