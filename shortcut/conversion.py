@@ -26,7 +26,7 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 def convert_gguf(path: Path, *, quiet: bool = False) -> Path:
     """Dequantise a GGUF file into a bfloat16 checkpoint; gives its folder."""
-    folder = _cached(path, [path], edition=2)
+    folder = _cached(path, [path], "with rope_theta ")
     if (folder / RECORD).exists():
         return folder
     try:
@@ -134,15 +134,13 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}
 
 
-def _cached(source: Path, paths: Iterable[Path], edition: int = 1) -> Path:
+def _cached(source: Path, paths: Iterable[Path], way: str = "") -> Path:
     """Where in the user's cache the conversion of these files, as they are now, belongs.
 
-    edition: counts what conversions have been made of the same file.
+    way: what tells it from the same file's conversions by earlier versions.
     """
     from huggingface_hub.constants import HF_HOME
 
     states = [(path, path.stat()) for path in paths]
-    key = f"{edition} " * (edition > 1) + " ".join(
-        f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states
-    )
+    key = way + " ".join(f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states)
     return Path(HF_HOME) / "shortcut" / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"

@@ -8,9 +8,10 @@ import pytest
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.matrix.releases import run_probe
-from tests.matrix.table import Result, format_lines, put_into, read_results, table_of
-from tests.matrix.write import write_all
+from shortcut.modeling.editions import NEWEST
+from tests.matrix.releases import RELEASES, run_probe
+from tests.matrix.table import BAD, Result, format_lines, put_into, read_results, table_of
+from tests.matrix.write import KINDS, write_all
 
 OLD, NEW = "5.0.0", "5.24.0"
 NEEDED = (
@@ -38,6 +39,17 @@ TABLE = """\
 | halves: llama | refused | **WRONG** |
 | halves: gpt2 | **OBSCURE** | **WRONG** |
 """
+
+
+def test_the_table_of_the_readme() -> None:
+    """It has a column for every release, up to the one that modeling files say they are proven with; nothing is bad."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("<!-- matrix -->")[2].partition("<!-- /matrix -->")[0]
+    releases = [cell.strip() for cell in table.strip().splitlines()[0].split("|")[2:-1]]
+    assert set(RELEASES) <= set(releases)
+    assert releases[-1] == NEWEST
+    assert not any(bad in table for bad in BAD)
+    assert all(f"{kind.name}: " in table for kind in KINDS)
 
 
 def test_families_with_equal_cells_share_a_row() -> None:

@@ -90,11 +90,12 @@ class Merger(Catcher):
         super().__init__(cache)
         self.others, self.back, self.alone = others, back, alone
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         both = (torch.cat(pair, dim=-2) for pair in zip((keys, values), self.others, strict=True))
         keys, values = (pick(each, self.back, -2, heads=True) for each in both)
+        layer, *_ = *args, *kwargs.values()
         filled = self.back.shape[1] + int(self.cache.get_seq_length(layer)) if self.alone else None
-        return tuple(each[..., :filled, :] for each in self.cache.update(keys, values, layer, *args, **kwargs))
+        return tuple(each[..., :filled, :] for each in self.cache.update(keys, values, *args, **kwargs))
 
 
 def run_some(block: nn.Module, forward: Callable[..., Any], rows: Rows, *args: Any, **kwargs: Any) -> Any:

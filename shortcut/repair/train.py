@@ -125,10 +125,10 @@ def train(
                 saved = state.seconds
     if not state.best_at:
         keeper.forget()  # whoever tries again starts anew
-        before, after = (math.exp(min(loss, 700.0)) for loss in (state.first, state.least))
+        before, after = (f"{math.exp(min(loss, 700.0)):.6g}" for loss in (state.first, state.least))
+        best = f"at best {after}" if math.isfinite(state.least) else f"{state.step} steps are too few to tell"
         raise ShortcutError(
-            f"training did not lower the perplexity of the text set aside ({before:.2f}, at best {after:.2f}):"
-            " nothing is written"
+            f"training did not lower the perplexity of the text set aside ({before}, {best}): nothing is written"
         )
     keeper.put_best(trained)
     return state
