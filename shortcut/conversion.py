@@ -33,9 +33,12 @@ def convert_gguf(path: Path, *, quiet: bool = False) -> Path:
         import gguf  # noqa: F401  (transformers reads GGUF through it)
         import torch
         import transformers
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError:
         raise ShortcutError('reading GGUF needs the gguf package: pip install "shortcut[gguf]"') from None
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    except ImportError:
+        raise ShortcutError("reading GGUF needs transformers 5.17 or newer: pip install -U transformers") from None
     say(f"converting {path.name} to {folder}", quiet=quiet)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

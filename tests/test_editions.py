@@ -201,8 +201,11 @@ def test_caches_that_cannot_be_told(llama: Path, monkeypatch: pytest.MonkeyPatch
     assert caches_can_be_told()
     monkeypatch.setattr(passing, "caches_can_be_told", lambda: False)
     model, base = load_model(llama), Base("", None, DEPTH)
-    with pytest.raises(ShortcutError, match="block 0 has no attention, and transformers .* pip install -U"):
-        shortcut.preview(model, shortcut.Plan.of(base, {0: "mlp-only"})).__enter__()
+    for actions in ({0: "mlp-only"}, {0: "drop", 6: "drop"}):
+        with shortcut.preview(model, shortcut.Plan.of(base, actions)):
+            logits(model, token_ids)
+            with pytest.raises(ShortcutError, match="block 0 has no attention, and transformers .* pip install -U"):
+                greedy(model, token_ids)
     assert getattr(model.config, "kv_sharing_modes", None) is None
     with shortcut.preview(model, shortcut.Plan.of(base, {1: "mlp-only"})):
         greedy(model, token_ids)

@@ -83,7 +83,8 @@ class HollowLlamaForCausalLM(Whole, LlamaForCausalLM):
             layers = [SimpleNamespace(**layers.get(str(number), {})) for number in range(text.num_hidden_layers)]
         skipped = [getattr(layer, "skip", None) or [] for layer in layers]
         if any("attention" in skip for skip in skipped):
-            store_nothing(text, ["attention" in skip for skip in skipped])
+            for fault in store_nothing(text, ["attention" in skip for skip in skipped]):
+                raise TypeError(fault)
         for block, layer, skip in zip(blocks_in(self, BLOCKS), layers, skipped, strict=True):
             for name, values in [item for half in skip for item in HALVES[half].items()]:
                 if hasattr(block, name):

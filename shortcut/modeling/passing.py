@@ -248,18 +248,17 @@ def zeros(width: int, states: Tensor) -> Tensor:
     return states.new_zeros(width).expand(*states.shape[:-1], width)
 
 
-def store_nothing(config: Any, silent: Sequence[bool]) -> None:
+def store_nothing(config: Any, silent: Sequence[bool]) -> list[str]:
     """Tell the caches that are made from the config of a decoder which of its blocks store no keys and values.
 
-    Caches read their length from the first block of its kind, and it would stay 0 for ever. Raises TypeError where that
-    matters, and this transformers cannot be told.
+    Caches read their length from the first block of its kind, and it would stay 0 for ever. Returns what is wrong with
+    caches where this transformers cannot be told; else nothing.
     """
     config.kv_sharing_modes = ["reuse" if each else None for each in silent]
     kinds = getattr(config, "layer_types", None) or [None] * len(silent)
-    firsts = [number for number in map(kinds.index, set(kinds)) if silent[number]]
-    if firsts and not caches_can_be_told():
-        here = f"transformers {transformers.__version__} cannot count the tokens of its cache then"
-        raise TypeError(f"block {min(firsts)} has no attention, and {here}: pip install -U transformers")
+    firsts = [] if caches_can_be_told() else sorted(number for number in map(kinds.index, set(kinds)) if silent[number])
+    here = f"transformers {transformers.__version__} cannot count the tokens of its cache then"
+    return [f"block {number} has no attention, and {here}: pip install -U transformers" for number in firsts]
 
 
 @functools.cache

@@ -107,19 +107,26 @@ def _watching(model: Model, token_ids: Sequence[int]) -> Callable[..., Any]:
 def _without_cache_entries(model: Model, plan: Plan) -> Iterator[None]:
     """Tell the caches that transformers makes from the config that blocks without attention store nothing.
 
-    Raises ShortcutError where it matters and this transformers cannot be told.
+    Where it matters and this transformers cannot be told, the model runs without a cache, and raises ShortcutError
+    with one.
     """
+    from transformers import Cache
+
     from shortcut.modeling.passing import store_nothing
 
     config: Any = model.config.get_text_config(decoder=True)
     before = vars(config).get("kv_sharing_modes")
+    faults = store_nothing(config, ["attention" in GONE[action] for action in plan.actions])
+
+    def refuse_caches(_: Any, args: Any, kwargs: Any) -> None:
+        if faults and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            raise ShortcutError(faults[0])
+
+    hook = find_blocks(model)[0].register_forward_pre_hook(refuse_caches, with_kwargs=True)
     try:
-        try:
-            store_nothing(config, ["attention" in GONE[action] for action in plan.actions])
-        except TypeError as error:
-            raise ShortcutError(str(error)) from None
         yield
     finally:
+        hook.remove()
         if before is None:
             del config.kv_sharing_modes
         else:
