@@ -2,7 +2,7 @@
 
 import re
 
-from tests.newest import SHOWN, outcome
+from tests.newest import SHOWN, newer, outcome
 
 RELEASES = r"\(transformers [\d.]+, torch [\d.]+\S*, huggingface_hub [\d.]+, .*\)"
 
@@ -10,6 +10,13 @@ RELEASES = r"\(transformers [\d.]+, torch [\d.]+\S*, huggingface_hub [\d.]+, .*\
 def test_all_passed() -> None:
     """The line names the releases that the tests passed with."""
     assert re.fullmatch(f"newest: passed {RELEASES}", outcome(0, "7 passed"))
+
+
+def test_nothing_is_newer() -> None:
+    """Packages of the lock are compared by their releases, not by what they were built for; others do not count."""
+    pins = {"torch": "2.13.0", "peft": "0.21.2", "gradio": "6.0"}
+    assert newer({"torch": "2.13.0+cpu", "peft": "0.21.2", "pip": "23.2"}, pins) == []
+    assert newer({"torch": "2.14.1", "peft": "0.22.0", "gradio": "6.0"}, pins) == ["peft", "torch"]
 
 
 def test_some_failed() -> None:
