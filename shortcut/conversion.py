@@ -51,11 +51,15 @@ def convert_gguf(path: Path, *, quiet: bool = False) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
     except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
         raise ShortcutError(f"transformers cannot read {path}: {' '.join(str(error).split())[:200]}") from None
-    with staged(folder) as partial:
-        model.to(torch.bfloat16).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        _write_for_older_readers(partial)
-        write_json(partial / RECORD, {"shortcut": 1, "converted_from": path.name})
+    try:
+        with staged(folder) as partial:
+            model.to(torch.bfloat16).save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            _write_for_older_readers(partial)
+            write_json(partial / RECORD, {"shortcut": 1, "converted_from": path.name})
+    except ShortcutError:
+        if not (folder / RECORD).exists():  # else another process was faster
+            raise
     return folder
 
 
