@@ -1,6 +1,6 @@
 """The current edition of a modeling file, put into a checkpoint that was written with an older one."""
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,9 +71,10 @@ def refresh(
     if not local and str(checkpoint).count("/") != 1:
         raise ShortcutError(f"no checkpoint at {checkpoint}: neither a folder nor a Hub id (org/name)")
     folder = Path(checkpoint).expanduser() if local else fetch_small(str(checkpoint), revision)
-    modeling, text = _carried(folder, str(checkpoint))
+    config = read_config(folder)
+    modeling, text = _carried(folder, config, str(checkpoint))
     before, renewed = edition_of(text or ""), text != modeling.code
-    report = RefreshReport(str(checkpoint), modeling.file, before, EDITION, renewed, _build(folder, modeling))
+    report = RefreshReport(str(checkpoint), modeling.file, before, EDITION, renewed, _build(config, modeling))
     if renewed and local:
         write_text(folder / modeling.file, modeling.code)
     elif renewed:
@@ -85,9 +86,9 @@ def refresh(
     return report
 
 
-def _carried(folder: Path, name: str) -> tuple[Modeling, str | None]:
+def _carried(folder: Path, config: Mapping[str, Any], name: str) -> tuple[Modeling, str | None]:
     """The modeling file that belongs into a checkpoint, and the text of the one that is there."""
-    modeling = modeling_of(read_config(folder))
+    modeling = modeling_of(config)
     if modeling is None:
         raise ShortcutError(f"{name} needs no modeling file of shortcut's: there is nothing to refresh")
     path = folder / modeling.file
@@ -97,7 +98,7 @@ def _carried(folder: Path, name: str) -> tuple[Modeling, str | None]:
     return modeling, text
 
 
-def _build(folder: Path, modeling: Modeling) -> str:
+def _build(config: Mapping[str, Any], modeling: Modeling) -> str:
     """Build the model of a checkpoint by the current file, without weights; gives the release that did."""
     import transformers
 
@@ -105,5 +106,5 @@ def _build(folder: Path, modeling: Modeling) -> str:
 
     with TemporaryDirectory() as scratch:
         (Path(scratch) / modeling.file).write_text(modeling.code, encoding="utf-8")
-        build_empty(json.loads((folder / "config.json").read_text(encoding="utf-8")), Path(scratch))
+        build_empty(config, Path(scratch))
     return transformers.__version__
