@@ -22,7 +22,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, L
 from transformers import LlavaForConditionalGeneration as Llava
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from shortcut.scoring.drawings import KINDS, SIDE, TRAINING, WORDS, ask, compose, draw, paint, stream_of
+from shortcut.material.drawings import KINDS, SIDE, TRAINING, WORDS, ask, compose, draw, paint, stream_of
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:")
 IDS = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}

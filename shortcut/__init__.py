@@ -15,55 +15,45 @@ Importing this package imports neither torch nor transformers; the functions do,
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from shortcut.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from shortcut.commands import cut as cut
-    from shortcut.commands import diff as diff
-    from shortcut.commands import families as families
-    from shortcut.commands import inspect as inspect
-    from shortcut.commands import metrics as metrics
-    from shortcut.commands import plan as plan
-    from shortcut.comparing import compare as compare
-    from shortcut.demos import demo as demo
-    from shortcut.errors import ShortcutError as ShortcutError
-    from shortcut.evaluation import eval as eval  # noqa: A004  (the word on the command line)
-    from shortcut.freezing import freeze as freeze
-    from shortcut.healing import heal as heal
-    from shortcut.measure import check as check
-    from shortcut.measure import score as score
-    from shortcut.measure import sweep as sweep
-    from shortcut.pushing import push as push
-    from shortcut.recipes import run as run
+    from shortcut.common.errors import ShortcutError as ShortcutError
     from shortcut.records.plan import Plan as Plan
     from shortcut.records.scores import Scores as Scores
-    from shortcut.refreshing import refresh as refresh
-    from shortcut.road import prune as prune
     from shortcut.scoring.metrics import Metric as Metric
     from shortcut.scoring.metrics import add_metric as add_metric
     from shortcut.surgery.preview import preview as preview
-    from shortcut.talk import chat as chat
-    from shortcut.timing import speed as speed
+    from shortcut.verbs.chat import chat as chat
+    from shortcut.verbs.check import check as check
+    from shortcut.verbs.compare import compare as compare
+    from shortcut.verbs.cut import cut as cut
+    from shortcut.verbs.demo import demo as demo
+    from shortcut.verbs.diff import diff as diff
+    from shortcut.verbs.eval import eval as eval  # noqa: A004  (the word on the command line)
+    from shortcut.verbs.families import families as families
+    from shortcut.verbs.freeze import freeze as freeze
+    from shortcut.verbs.heal import heal as heal
+    from shortcut.verbs.inspect import inspect as inspect
+    from shortcut.verbs.metrics import metrics as metrics
+    from shortcut.verbs.plan import plan as plan
+    from shortcut.verbs.prune import prune as prune
+    from shortcut.verbs.push import push as push
+    from shortcut.verbs.refresh import refresh as refresh
+    from shortcut.verbs.run import run as run
+    from shortcut.verbs.score import score as score
+    from shortcut.verbs.speed import speed as speed
+    from shortcut.verbs.sweep import sweep as sweep
 
+_VERBS = "chat check compare cut demo diff eval families freeze heal inspect metrics plan prune push refresh run score"
 _HOME = {
-    **dict.fromkeys(("cut", "diff", "families", "inspect", "metrics", "plan"), "shortcut.commands"),
-    **dict.fromkeys(("check", "score", "sweep"), "shortcut.measure"),
-    "chat": "shortcut.talk",
-    "compare": "shortcut.comparing",
-    "demo": "shortcut.demos",
-    "eval": "shortcut.evaluation",
-    "freeze": "shortcut.freezing",
-    "heal": "shortcut.healing",
-    "prune": "shortcut.road",
-    "push": "shortcut.pushing",
-    **dict.fromkeys(("Metric", "add_metric"), "shortcut.scoring.metrics"),
+    **{verb: f"shortcut.verbs.{verb}" for verb in f"{_VERBS} speed sweep".split()},
+    "Metric": "shortcut.scoring.metrics",
     "Plan": "shortcut.records.plan",
     "Scores": "shortcut.records.scores",
-    "ShortcutError": "shortcut.errors",
+    "ShortcutError": "shortcut.common.errors",
+    "add_metric": "shortcut.scoring.metrics",
     "preview": "shortcut.surgery.preview",
-    "refresh": "shortcut.refreshing",
-    "run": "shortcut.recipes",
-    "speed": "shortcut.timing",
 }
 __all__ = [*sorted(_HOME), "__version__"]
 

@@ -9,7 +9,6 @@ Exit codes: 0 done, 1 a mistake found while working, 2 wrong usage, 130 interrup
 import contextlib
 import difflib
 import functools
-import inspect
 import io
 import json
 import os
@@ -17,59 +16,43 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import fire
 
-from shortcut import (
-    __version__,
-    commands,
-    comparing,
-    demos,
-    evaluation,
-    freezing,
-    healing,
-    measure,
-    pushing,
-    recipes,
-    refreshing,
-    road,
-    talk,
-    timing,
-)
-from shortcut.arguments import Option, UsageError, bind, options_of
-from shortcut.errors import ShortcutError
-from shortcut.option_help import OPTION_HELP
-from shortcut.processes import are_several, is_writer
+from shortcut.common.errors import ShortcutError
+from shortcut.common.processes import are_several, is_writer
+from shortcut.common.version import __version__
+from shortcut.options.verb import Option, UsageError, Verb, bind, verb_of
+from shortcut.verbs.chat import chat
+from shortcut.verbs.check import check
+from shortcut.verbs.compare import compare
+from shortcut.verbs.cut import cut
+from shortcut.verbs.demo import demo
+from shortcut.verbs.diff import diff
+from shortcut.verbs.eval import eval  # noqa: A004  (the word on the command line)
+from shortcut.verbs.families import families
+from shortcut.verbs.freeze import freeze
+from shortcut.verbs.heal import heal
+from shortcut.verbs.inspect import inspect
+from shortcut.verbs.metrics import metrics
+from shortcut.verbs.plan import plan
+from shortcut.verbs.prune import prune
+from shortcut.verbs.push import push
+from shortcut.verbs.refresh import refresh
+from shortcut.verbs.run import OutcomeError, run
+from shortcut.verbs.score import score
+from shortcut.verbs.speed import speed
+from shortcut.verbs.sweep import sweep
 
 Command = Callable[..., Any]
-COMMANDS: dict[str, Command] = {
-    command.__name__: command
-    for command in (
-        commands.inspect,
-        measure.score,
-        commands.plan,
-        commands.cut,
-        road.prune,
-        freezing.freeze,
-        measure.check,
-        healing.heal,
-        evaluation.eval,
-        timing.speed,
-        pushing.push,
-        refreshing.refresh,
-        talk.chat,
-        comparing.compare,
-        measure.sweep,
-        commands.diff,
-        commands.metrics,
-        commands.families,
-        recipes.run,
-        demos.demo,
-    )
-}
+VERBS: tuple[Command, ...] = (
+    *(inspect, score, plan, cut, prune, freeze, check, heal, eval, speed),
+    *(push, refresh, chat, compare, sweep, diff, metrics, families, run, demo),
+)
+COMMANDS: dict[str, Command] = {verb.__name__: verb for verb in VERBS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,16 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[0] not in COMMANDS:
             raise UsageError(f"unknown command {words[0]!r}: there are {', '.join(COMMANDS)}")
         if {"-h", "--help"} & set(words):
-            print(_help(COMMANDS[words[0]]))
+            print(_help(verb_of(COMMANDS[words[0]])))
             return 0
-        if are_several() and COMMANDS[words[0]] not in (measure.score, healing.heal):
+        if are_several() and COMMANDS[words[0]] not in (score, heal):
             raise UsageError(f"{words[0]} runs in one process; torchrun is for score and heal")
         as_json = "--json" in words
         call = _parse([word for word in words if word != "--json"])
         try:
             result = call()
-        except recipes.OutcomeError as error:
-            _print(error.comparison, as_json=as_json)
+        except OutcomeError as error:
+            _print(error.outcome, as_json=as_json)
             raise
         _print(result, as_json=as_json)
     except UsageError as error:
@@ -129,7 +112,7 @@ def _fail(message: str, code: int) -> int:
 def _parse(words: list[str]) -> Callable[[], Any]:
     """Let fire sort the words into the parameters of the command, and give the call; nothing runs."""
     command = COMMANDS[words[0]]
-    options = options_of(command)
+    options = verb_of(command).options
     calls: list[Callable[[], Any]] = []
 
     @fire.decorators.SetParseFn(str)
@@ -147,7 +130,7 @@ def _parse(words: list[str]) -> Callable[[], Any]:
     return calls[0]
 
 
-def _spell_out(words: Sequence[str], options: dict[str, Option]) -> list[str]:
+def _spell_out(words: Sequence[str], options: Mapping[str, Option]) -> list[str]:
     """Write every option as --name=value, so that nothing is left for fire to guess; refuse what it would pass over."""
     by_flag = {option.flag: option for option in options.values() if not option.positional}
     spelt: list[str] = []
@@ -180,12 +163,12 @@ def _reason(complaint: str, usage: str) -> str:
     return f"{word.upper()} is missing" if "required" in what else f"unexpected argument {word!r} to {usage}"
 
 
-def _usage(name: str, options: dict[str, Option]) -> str:
+def _usage(name: str, options: Mapping[str, Option]) -> str:
     return " ".join([name, *(_placeholder(option) for option in options.values() if option.positional), "[options]"])
 
 
 def _overview() -> str:
-    lines = [f"  {name:9}{_summary(command)}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:9}{_summary(verb_of(command))}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: shortcut COMMAND ...",
@@ -199,26 +182,31 @@ def _overview() -> str:
     )
 
 
-def _summary(command: Command) -> str:
-    return (command.__doc__ or "").strip().split("\n")[0].removesuffix(".")
+def _summary(known: Verb) -> str:
+    return known.about.partition("\n")[0].removesuffix(".")
 
 
-def _help(command: Command) -> str:
-    options = options_of(command)
-    usage = f"usage: shortcut {_usage(command.__name__, options)}"
+def _help(known: Verb) -> str:
+    """Usage, an example, what the verb does, the options that matter most, and the others by their headings."""
     width = max(60, min(shutil.get_terminal_size().columns, 110))
-    lines = [usage, "", textwrap.dedent("    " + (command.__doc__ or "")).strip(), ""]
-    for option in options.values():
-        head = option.name.upper() if option.positional else f"{option.flag} {_placeholder(option)}".rstrip()
-        default = (
-            ""
-            if any(option.default is none for none in (None, False, inspect.Parameter.empty))
-            else f" [{option.default}]"
-        )
-        text = textwrap.wrap(OPTION_HELP[option.name] + default, width - 26)
-        lines.append(f"  {head:<24}{text[0]}" if len(head) < 23 else f"  {head}\n{'':26}{text[0]}")
-        lines += [" " * 26 + line for line in text[1:]]
+    lines = [f"usage: shortcut {_usage(known.name, known.options)}", f"such as: {known.example}", "", known.about]
+    positional = [name for name, option in known.options.items() if option.positional]
+    groups = {"": [known.options[name] for name in (*positional, *known.first)]}
+    for name, option in known.options.items():
+        if name not in (*positional, *known.first):
+            groups.setdefault(f"{option.heading}:", []).append(option)
+    for heading, options in groups.items():
+        lines += ["", *([heading] if heading else []), *(line for each in options for line in _describe(each, width))]
     return "\n".join([*lines, f"  {'--json':<24}print the result as one JSON document"])
+
+
+def _describe(option: Option, width: int) -> list[str]:
+    """The lines of --help about one option, at most so wide."""
+    head = option.name.upper() if option.positional else f"{option.flag} {_placeholder(option)}".rstrip()
+    says_nothing = option.required or any(option.default is none for none in (None, False))
+    text = textwrap.wrap(option.meaning + ("" if says_nothing else f" [{option.default}]"), width - 26)
+    lines = [f"  {head:<24}{text[0]}"] if len(head) < 23 else [f"  {head}", f"{'':26}{text[0]}"]
+    return lines + [" " * 26 + line for line in text[1:]]
 
 
 def _placeholder(option: Option) -> str:

@@ -7,6 +7,8 @@ every block to matter: a wrong block changes the logits by far more than roundin
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hub library is imported: no test may reach the network
+# Of processes that run beside each other, threads of one wait for those of another.
+os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
 
 from collections import Counter
 from collections.abc import Callable
@@ -20,8 +22,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from shortcut.checking import samples
+from shortcut.material import calibration
 
-samples.NEW_TOKENS = 4  # random models have little to say
+samples.SAMPLE_TOKENS = 4  # random models have little to say
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 VOCABULARY = 263
 DEPTH = 7
@@ -69,6 +72,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with many slow tests come first, so that of two processes none is left with them at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+_tokenise, _tokenised = calibration.tokenise, dict[tuple[str, str], list[int]]()
+
+
+def tokenise_once(tokenizer: Any, document: Any, template: str | None) -> list[int]:
+    """As `calibration.tokenise`; but the same text by an equal tokenizer is tokenised once per run."""
+    if template is not None or not isinstance(document, str) or len(document) < 10_000:
+        return _tokenise(tokenizer, document, template)
+    key = (tokenizer.backend_tokenizer.to_str(), document)
+    if key not in _tokenised:
+        _tokenised[key] = _tokenise(tokenizer, document, template)
+    return list(_tokenised[key])
+
+
+calibration.tokenise = tokenise_once
 
 
 def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:

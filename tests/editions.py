@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import shortcut
+from shortcut.family.halves import Modeling, decilm, read_hollowings
 from shortcut.modeling.editions import EDITION, hash_of
-from shortcut.modeling.hollowing import Modeling, decilm, read_hollowings
 
 EDITIONS = Path(shortcut.__file__).parent / "data" / "editions.json"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shortcut.checking.speed import cache_in
-from shortcut.decoder import Batch, Decoder
+from shortcut.live.decoder import Batch, Decoder
 from shortcut.modeling.passing import cache_argument
 from shortcut.scoring.blocks import score_blocks
 from shortcut.scoring.metrics import Metric

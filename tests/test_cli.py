@@ -6,10 +6,10 @@ import json
 import pytest
 import yaml
 
-from shortcut import __version__
-from shortcut.arguments import options_of
 from shortcut.cli import COMMANDS, main
-from shortcut.option_help import OPTION_HELP
+from shortcut.common.version import __version__
+from shortcut.options.verb import verb, verb_of
+from shortcut.verbs.inspect import InspectOptions
 
 
 @pytest.fixture(autouse=True)
@@ -66,18 +66,18 @@ def test_the_version(capsys):
 def test_the_help_of_a_command(capsys, name, flag):
     """The help lists every option of the command's signature, each with its meaning."""
     printed = succeeds(capsys, [name, "m", flag])
-    options = options_of(COMMANDS[name])
+    options = verb_of(COMMANDS[name]).options
     heads = {line.split()[0] for line in printed.splitlines() if line.startswith("  ")}
     expected = {option.name.upper() if option.positional else option.flag for option in options.values()}
     assert expected - heads == set()
-    for option in options:
-        assert OPTION_HELP[option].split()[0] in printed
+    for option in options.values():
+        assert option.meaning.split()[0] in printed
 
 
 def test_every_command_that_takes_text_takes_conversations():
     """--chat-template goes wherever --data goes, but for questions about images, which always go through one."""
     commands = [command for name, command in COMMANDS.items() if name != "freeze"]
-    both = [{"data", "chat_template"} & options_of(command).keys() for command in commands]
+    both = [{"data", "chat_template"} & verb_of(command).options.keys() for command in commands]
     assert {len(found) for found in both} == {0, 2}
 
 
@@ -202,8 +202,9 @@ def test_mistakes_found_while_working(capsys, llama, tmp_path, line):
 def test_an_interruption(capsys, monkeypatch):
     """Ctrl-C while a command works is one line and code 130."""
 
-    def interrupted(model: str) -> None:
-        raise KeyboardInterrupt(model)
+    @verb(InspectOptions, example="m")
+    def interrupted(asked: InspectOptions) -> None:
+        raise KeyboardInterrupt(asked.model)
 
     monkeypatch.setitem(COMMANDS, "inspect", interrupted)
     assert fails(capsys, ["inspect", "m"], 130) == "shortcut: interrupted\n"

@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 import shortcut
+from shortcut.checkpoint.open import EMBEDDED_VISION
 from shortcut.cli import COMMANDS, _parse, main
-from shortcut.live import load_model
-from shortcut.presets import PRESETS
-from shortcut.records.blocks import parse_blocks
+from shortcut.live.load import load_model
+from shortcut.options.presets import PRESETS
+from shortcut.records.block_lists import parse_blocks
 from shortcut.scoring.metrics import METRICS
-from shortcut.sources import EMBEDDED_VISION
 from tests.conftest import DEPTH
 
 ROOT = Path(__file__).parent.parent

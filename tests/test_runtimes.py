@@ -1,10 +1,7 @@
 """Shortened real weights in runtimes with modeling code of their own: the same tokens as in transformers."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import shortcut
-from shortcut.live import load_model
-from shortcut.sources import EMBEDDED_MODEL, embedded_model, open_model
+from shortcut.checkpoint.open import EMBEDDED_MODEL, embedded_model, open_model
+from shortcut.live.load import load_model
+from shortcut.options.groups import Loading
+from tests.fresh import run_fresh
 
 pytestmark = [
     pytest.mark.slow,
@@ -81,7 +80,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(short: Path) -> list[list[int]]:
     """What transformers writes after every prompt, greedily."""
-    model, tokenizer = load_model(short, dtype="float32"), AutoTokenizer.from_pretrained(short)
+    model, tokenizer = load_model(short, Loading(dtype="float32")), AutoTokenizer.from_pretrained(short)
     written = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -96,13 +95,8 @@ def expected(short: Path) -> list[list[int]]:
 
 
 def run(code: str, folder: Path, *words: Any) -> Any:
-    """Run Python in a process of its own that has no shortcut; give the JSON of its last line."""
-    alone = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}  # more wait for each other where others run
-    where = {**os.environ, **alone, "MISTRALRS_CPU_KV_F32": "1", "PYTHONPATH": ""}
-    command = [sys.executable, "-c", "import sys\nsys.modules['shortcut'] = None\n" + code, *map(str, words)]
-    done = subprocess.run(command, env=where, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    """Run Python in a fresh interpreter; give the JSON of its last line."""
+    return json.loads(run_fresh(code, *words, folder=folder, MISTRALRS_CPU_KV_F32="1").splitlines()[-1])
 
 
 @needs("ctranslate2")

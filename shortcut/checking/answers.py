@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from shortcut.live import Model
-from shortcut.progress import track
-from shortcut.scoring.pictures import Pictures, encode
+from shortcut.common.progress import track
+from shortcut.live.load import Model
+from shortcut.material.pictures import Pictures, encode
 
-NEW_TOKENS = 16  # of an answer at most
+ANSWER_TOKENS = 16  # of an answer at most
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Answers:
 
 @torch.inference_mode()
 def answer(
-    model: Model, pictures: Pictures, batch_size: int, label: str, *, tokens: int = NEW_TOKENS, quiet: bool = True
+    model: Model, pictures: Pictures, batch_size: int, label: str, *, tokens: int = ANSWER_TOKENS, quiet: bool = True
 ) -> list[str]:
     """What a live model answers to every question, by greedy decoding of so many tokens at most."""
     pairs, processor = pictures.sequences, pictures.processor

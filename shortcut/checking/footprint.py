@@ -7,23 +7,29 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from shortcut.errors import ShortcutError
+from shortcut.common.errors import ShortcutError
+from shortcut.options.groups import Loading
+from shortcut.options.verb import handed_on
+
+if TYPE_CHECKING:
+    from shortcut.checking.speed import Work
 
 _RESET = Path("/proc/self/clear_refs")  # Linux: 5 has the peak start anew from what is resident now
 
 
-def measure_footprint(folder: Path, work: dict[str, Any], **loading: Any) -> int | None:
+def measure_footprint(folder: Path, work: "Work", how: Loading) -> int | None:
     """Bytes resident at most during a run, beyond what the process held with the code of the model and no weights.
 
-    work: the fields of a `Work`; loading: as for `load_model`. None where the system does not say; ShortcutError where
+    None where the system does not say; ShortcutError where
     the process fails.
     """
     if not os.access(_RESET, os.W_OK):
         return None
-    asked = json.dumps({"folder": str(folder), "work": work, "loading": loading})
+    asked = json.dumps({"folder": str(folder), "work": asdict(work), "how": asdict(handed_on(Loading, how))})
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
         [sys.executable, "-m", "shortcut.checking.footprint", asked],
@@ -44,23 +50,25 @@ def _resident(field: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
 
 
-def _main(folder: Path, work: dict[str, Any], loading: dict[str, Any]) -> int:
+def _main(folder: Path, work: "Work", how: Loading) -> int:
     import torch
 
-    from shortcut.checking.speed import Work, run_once
-    from shortcut.live import build_empty, load_model, trusts
+    from shortcut.checking.speed import run_once
+    from shortcut.live.load import build_empty, load_model, trusts
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    own_code = "auto_map" in config and trusts(folder, trust_remote_code=loading["trust_remote_code"])
+    own_code = "auto_map" in config and trusts(folder, trust_remote_code=how.trust_remote_code)
     build_empty(config, folder if own_code else None)
     before = _resident("VmRSS")
-    model, whole = load_model(folder, **loading), Work(**work)
+    model = load_model(folder, how)
     _RESET.write_text("5")
     with torch.inference_mode():
-        run_once(model, whole.ids([model]), whole.new_tokens, lambda: None)
+        run_once(model, work.ids([model]), work.new_tokens, lambda: None)
     return _resident("VmHWM") - before
 
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    print(_main(Path(given["folder"]), given["work"], given["loading"]))
+    from shortcut.checking.speed import Work
+
+    print(_main(Path(given["folder"]), Work(**given["work"]), Loading(**given["how"])))

@@ -14,11 +14,11 @@ from typing import Any
 
 import yaml
 
-from shortcut.checking.choices import Z
-from shortcut.checking.figures import Figure
-from shortcut.errors import ShortcutError
-from shortcut.live import LOADING_ERRORS, Model
-from shortcut.progress import say
+from shortcut.checking.evaluation import Figure
+from shortcut.checking.questions import Z
+from shortcut.common.errors import ShortcutError
+from shortcut.common.progress import say
+from shortcut.live.load import LOADING_ERRORS, Model
 
 SEED = 1234  # of the examples shown in front, as the harness has it
 

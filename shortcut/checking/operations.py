@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from shortcut.checking.speed import Work, run_once
-from shortcut.live import Model
+from shortcut.live.load import Model
 
 Shape = Sequence[int]
 

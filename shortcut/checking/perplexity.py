@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from shortcut.decoder import Batch
-from shortcut.errors import ShortcutError
-from shortcut.live import Model
-from shortcut.scoring.metrics import perplexity_of
+from shortcut.common.errors import ShortcutError
+from shortcut.live.decoder import Batch
+from shortcut.live.load import Model
+from shortcut.records.scores import perplexity_of
 
 Loss = tuple[float, int]  # of a sequence: the sum over its tokens, in nats, and how many they are
 

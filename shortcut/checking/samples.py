@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from shortcut.live import LOADING_ERRORS, Model, load_tokenizer
-from shortcut.scoring.pictures import Material, Pictures
+from shortcut.live.load import LOADING_ERRORS, Model, load_tokenizer
+from shortcut.material.pictures import Material, Pictures
 
 # A question where there is a chat template, else the beginning of a text.
 PROMPTS = (
@@ -19,8 +19,8 @@ PROMPTS = (
     ("Begin a story about the keeper of a lighthouse.", "The old keeper of the lighthouse"),
     ("I have 17 apples and buy 25 more. How many are there?", "Seventeen apples and twenty-five more are"),
 )
-NEW_TOKENS = 40
-QUESTIONS, SIDE = 6, 224  # questions about images that are shown, and pixels of their longer side at most
+SAMPLE_TOKENS = 40
+SHOWN_QUESTIONS, SIDE = 6, 224  # questions about images that are shown, and pixels of their longer side at most
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _continue(model: Model, tokenizer: Any, prompt: str, *, asked: bool) -> str:
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not asked)
     ids, mask = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
     room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
-    number = int(min(NEW_TOKENS, room - ids.shape[1]))
+    number = int(min(SAMPLE_TOKENS, room - ids.shape[1]))
     new = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=number, do_sample=False)
     return str(tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
@@ -76,7 +76,7 @@ def pair_samples(heldout: Material, written: Mapping[str, Sequence[Any]]) -> tup
         return tuple(Sample(row[0][0], {name: row[n][1] for n, name in enumerate(written)}) for row in rows)
     order = sorted(range(len(heldout.sequences)), key=lambda n: len({given[n] for given in written.values()}) == 1)
     found = []
-    for place in order[:QUESTIONS]:
+    for place in order[:SHOWN_QUESTIONS]:
         pair, given = heldout.sequences[place], {name: answers[place] for name, answers in written.items()}
         found.append(Sample(pair.question, given, pair.answer, tuple(map(as_uri, pair.images))))
     return tuple(found)

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import torch
 from transformers import Cache
 
-from shortcut.errors import ShortcutError
-from shortcut.live import Model
+from shortcut.common.errors import ShortcutError
+from shortcut.common.progress import track
+from shortcut.live.load import Model
 from shortcut.modeling.passing import cache_argument
-from shortcut.progress import track
 
 T = TypeVar("T")
 

@@ -8,7 +8,6 @@ The last is independent of how the files were cut, and of the modeling file.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,21 @@ from torch import nn
 from shortcut.checking.answers import Answers, answer, compare_answers
 from shortcut.checking.perplexity import perplexity
 from shortcut.checking.samples import Sample, pair_samples, write_on
-from shortcut.decoder import Batch
-from shortcut.errors import ShortcutError
-from shortcut.live import Model, find_blocks, hidden_input, hidden_output, load_model
-from shortcut.progress import track
+from shortcut.checkpoint.checkpoint import Checkpoint, read_json
+from shortcut.checkpoint.stage import RECORD
+from shortcut.common.errors import ShortcutError
+from shortcut.common.progress import track
+from shortcut.common.text import format_size
+from shortcut.live.blocks import find_blocks, hidden_input, hidden_output
+from shortcut.live.decoder import Batch
+from shortcut.live.load import Model, load_model
+from shortcut.material.pictures import Material, Pictures
+from shortcut.options.groups import Running
 from shortcut.records.plan import Plan
-from shortcut.scoring.pictures import Material, Pictures
-from shortcut.surgery.checkpoint import Checkpoint, read_json
-from shortcut.surgery.compare import compare_tensors
+from shortcut.surgery.diff import compare_tensors
 from shortcut.surgery.preview import preview
-from shortcut.surgery.stage import RECORD
-from shortcut.text import format_size
 
-TOLERANCE = 1e-4  # of the largest logit: far above what reordered sums do, far below what a wrong block does
+LOGIT_TOLERANCE = 1e-4  # of the largest logit: far above what reordered sums do, far below what a wrong block does
 
 
 @dataclass(frozen=True)
@@ -101,35 +102,31 @@ def check_checkpoint(
     short: Checkpoint,
     base: tuple[Checkpoint, Plan] | None,
     heldout: Material,
+    how: Running,
     *,
-    batch_size: int,
     samples: bool = False,
-    quiet: bool = False,
-    **loading: Any,
 ) -> CheckReport:
     """Load a checkpoint with plain `from_pretrained` and compare it with the base that a plan was carried out on.
 
     heldout: text for the perplexity of both, or questions about images for both to answer. samples: whether both write
-    on behind a few prompts, for people to read. loading: as for `load_model`. One model is in memory at a time. Raises
+    on behind a few prompts, for people to read. One model is in memory at a time. Raises
     ShortcutError at the first thing that is not as it should be.
     """
     healed = read_healed(short.folder)
     if astray := sorted(set(healed) - set(short.tensors)):
         raise ShortcutError(f"the record of {short.name} calls {astray[0]} healed, which it does not have")
     compared = None if base is None else compare_tensors(short, *base, healed)
-    model = load_model(short.folder, **loading)
-    batches = heldout.batches(batch_size, model.device)
-    measure = partial(_measure, heldout=heldout, batches=batches, batch_size=batch_size, quiet=quiet)
-    write = partial(_write, trust_remote_code=loading.get("trust_remote_code", False))
-    after = measure(model, "shortened")
-    written = {"healed" if healed else "shortened": write(model, short.folder, after) if samples else []}
+    model = load_model(short.folder, how)
+    batches = heldout.batches(how.batch_size, model.device)
+    after = _measure(model, heldout, batches, how, "shortened")
+    written = {"healed" if healed else "shortened": _write(model, short.folder, after, how) if samples else []}
     logits = logits_of(model, first_tokens(batches))
     del model
     difference, before = None, None
     if base is not None:
-        original = load_model(base[0].folder, **loading)
-        before = measure(original, "base")
-        written = {"base": write(original, base[0].folder, before) if samples else [], **written}
+        original = load_model(base[0].folder, how)
+        before = _measure(original, heldout, batches, how, "base")
+        written = {"base": _write(original, base[0].folder, before, how) if samples else [], **written}
         put_healed(original, short, base[1], healed)
         difference = compare_logits(logits, original, base[1], first_tokens(batches))
     values = (after, before)
@@ -148,18 +145,16 @@ def check_checkpoint(
     )
 
 
-def _measure(
-    model: Model, what: str, *, heldout: Material, batches: Sequence[Batch], batch_size: int, quiet: bool
-) -> Any:
+def _measure(model: Model, heldout: Material, batches: Sequence[Batch], how: Running, what: str) -> Any:
     """The perplexity of a model on text, or its answers to questions about images."""
     if isinstance(heldout, Pictures):
-        return answer(model, heldout, batch_size, f"answers, {what}", quiet=quiet)
-    return perplexity(model, track(batches, f"perplexity, {what}", quiet=quiet))
+        return answer(model, heldout, how.batch_size, f"answers, {what}", quiet=how.quiet)
+    return perplexity(model, track(batches, f"perplexity, {what}", quiet=how.quiet))
 
 
-def _write(model: Model, folder: Path, measured: Any, **trust: bool) -> Any:
+def _write(model: Model, folder: Path, measured: Any, how: Running) -> Any:
     """What a live model writes behind the prompts of samples; the answers that it was measured by, where it was."""
-    return measured if isinstance(measured, list) else write_on(model, folder, **trust)
+    return measured if isinstance(measured, list) else write_on(model, folder, trust_remote_code=how.trust_remote_code)
 
 
 def read_healed(folder: Path) -> tuple[str, ...]:
@@ -200,7 +195,7 @@ def compare_logits(short: torch.Tensor, base: Model, plan: Plan, batch: Batch) -
     with preview(base, replace(plan, actions=tuple(rest))), images_put_back(base, frozen, batch):
         expected = logits_of(base, batch)
     difference, scale = (short - expected).abs().max().item(), expected.abs().max().item()
-    if not difference <= TOLERANCE * scale:
+    if not difference <= LOGIT_TOLERANCE * scale:
         raise ShortcutError(
             f"the logits differ from the base with its blocks bypassed by {difference:.3g} (of {scale:.3g}):"
             " this family cannot be cut exactly"

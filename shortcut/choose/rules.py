@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import Literal, get_args
 
-from shortcut.errors import ShortcutError
+from shortcut.common.errors import ShortcutError
 from shortcut.records.actions import GONE, Action, Move, join
-from shortcut.records.blocks import parse_blocks
+from shortcut.records.block_lists import parse_blocks
 from shortcut.records.scores import Scores
 
 Select = Literal["lowest", "span", "deepest", "greedy"]
@@ -32,12 +33,9 @@ def removals(
     """
     shielded, action = set(protected), allow[0]
     candidates = [block for block in range(depth) if block not in shielded]
-    if len(allow) > 1 and rule in ("deepest", "span"):
-        raise ShortcutError(f"--select {rule} takes one action, not {', '.join(allow)}")
+    check_rule(rule, allow)
     if rule == "deepest":
         return _growing([Move(block, action) for block in reversed(candidates) if block != depth - 1], depth)
-    if rule not in get_args(Select):
-        raise ShortcutError(f"unknown rule {rule!r}: there are {', '.join(get_args(Select))}")
     if scores is None:
         raise ShortcutError(f"--select {rule} needs scores: give a scores.json, or --select deepest")
     if rule == "greedy":
@@ -53,6 +51,14 @@ def removals(
         best = min(free, key=lambda start: (spans[start], -start))
         found.append(dict.fromkeys(range(best, best + count), action))
     return found
+
+
+def check_rule(rule: Select, allow: Sequence[Action]) -> None:
+    """Raise ShortcutError for a rule that there is not, and for several actions where it takes one."""
+    if rule not in get_args(Select):
+        raise ShortcutError(f"unknown rule {rule!r}: there are {', '.join(get_args(Select))}")
+    if len(allow) > 1 and rule in ("deepest", "span"):
+        raise ShortcutError(f"--select {rule} takes one action, not {', '.join(allow)}")
 
 
 def _by_price(scores: Scores, metric: str, candidates: Sequence[int], allow: Sequence[Action]) -> list[Move]:
@@ -85,10 +91,36 @@ def _growing(order: Sequence[Move], depth: int) -> list[Choice]:
 
 def pick_count(choices: Sequence[Choice], count: int, depth: int) -> Choice:
     """The choice of this many moves. Raises ShortcutError, naming the possible numbers, where there is none."""
-    if not 1 <= count <= len(choices):
-        possible = f"1 to {len(choices)} can go" if choices else "none can go"
-        raise ShortcutError(f"cannot drop {count} of {depth} blocks: {possible}")
+    check_count(count, len(choices), depth)
     return choices[count - 1]
+
+
+def check_count(count: int, most: int, depth: int) -> None:
+    """Raise ShortcutError, naming the possible numbers, for more moves than can be made, and for none."""
+    if not 1 <= count <= most:
+        possible = f"1 to {most} can go" if most else "none can go"
+        raise ShortcutError(f"cannot drop {count} of {depth} blocks: {possible}")
+
+
+def check_share(share: float, most: float) -> None:
+    """Raise ShortcutError for a larger share of the parameters than can go."""
+    if share > most:
+        raise ShortcutError(f"cannot remove {share:.2%} of the parameters: the blocks that may go hold {most:.2%}")
+
+
+def most_moves(rule: Select, free: Sequence[int], depth: int, allow: Sequence[Action]) -> int:
+    """How many moves a rule can make at most, whatever the scores are. free: the blocks that need not stay, ascending.
+
+    One block keeps its attention. Of several actions, two can follow each other on a block.
+    """
+    if rule == "deepest":
+        return sum(block != depth - 1 for block in free)
+    if rule == "span":
+        runs = groupby(enumerate(free), key=lambda pair: pair[1] - pair[0])
+        return min(max((len(list(run)) for _, run in runs), default=0), depth - 1)
+    if len(allow) > 1:
+        return 2 * len(free) - (len(free) == depth)
+    return min(len(free), depth - 1) if "attention" in GONE[allow[0]] else len(free)
 
 
 def pick_ratio(choices: Sequence[Choice], share: float, parameters: int, size: Callable[[int, Action], int]) -> Choice:
@@ -99,12 +131,8 @@ def pick_ratio(choices: Sequence[Choice], share: float, parameters: int, size: C
     Raises ShortcutError where even the largest holds less.
     """
     shares = [sum(size(*move) for move in choice.items()) / parameters for choice in choices]
-    for choice, held in zip(choices, shares, strict=True):
-        if held >= share:
-            return choice
-    raise ShortcutError(
-        f"cannot remove {share:.2%} of the parameters: the blocks that may go hold {max(shares, default=0):.2%}"
-    )
+    check_share(share, max(shares, default=0))
+    return next(choice for choice, held in zip(choices, shares, strict=True) if held >= share)
 
 
 def parse_rules(text: str) -> list[Select]:

@@ -11,18 +11,18 @@ from typing import Any
 
 import yaml
 
-from shortcut import __version__
 from shortcut.checking.verify import CheckReport
-from shortcut.errors import ShortcutError
-from shortcut.live import auto_class
-from shortcut.modeling.hollowing import modeling_of
+from shortcut.checkpoint.checkpoint import Checkpoint, read_json
+from shortcut.checkpoint.stage import RECORD
+from shortcut.common.errors import ShortcutError
+from shortcut.common.text import format_count, format_size, format_table
+from shortcut.common.version import __version__
+from shortcut.family.halves import modeling_of
+from shortcut.live.load import auto_class
 from shortcut.publish.results import evaluation_table
 from shortcut.records.actions import LISTED, Action
-from shortcut.records.blocks import format_blocks
+from shortcut.records.block_lists import format_blocks
 from shortcut.records.plan import Plan
-from shortcut.surgery.checkpoint import Checkpoint, read_json
-from shortcut.surgery.stage import RECORD
-from shortcut.text import format_count, format_size, format_table
 
 CARD = "README.md"
 PLACEHOLDER = "path/or/id/of/this/model"

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shortcut.errors import ShortcutError
+from shortcut.checkpoint.stage import check_file
+from shortcut.common.errors import ShortcutError
 from shortcut.records.actions import FREEZING, GONE, Action
 from shortcut.records.scores import Scores
-from shortcut.scoring.metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-    from shortcut.choose.trials import Trial, Trials
+    from shortcut.checking.trials import Trial, Trials
 
 WIDTH, BARS_HEIGHT, MAP_HEIGHT = 6.4, 2.9, 5.4  # inches of one panel
 KEPT, DROPPED, INK, PALE = "#5b8db8", "#d55e00", "#333333", "#e2e2e2"  # blue and vermilion differ to every eye
@@ -130,6 +130,8 @@ def _start_figure(path: Path, width: float, height: float, title: str) -> "Figur
 
 
 def _save(figure: "Figure", path: Path) -> None:
+    figure.draw_without_rendering()  # which arranges it; drawing it would do so again
+    figure.set_layout_engine("none")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
     try:
@@ -165,6 +167,8 @@ def _draw_bars(axes: "Axes", scores: Scores, name: str, action: Action, gone: se
     from matplotlib.ticker import LogLocator
 
     values = np.array(scores.of_blocks(name, action))
+    from shortcut.scoring.metrics import METRICS
+
     label = f"score: {METRICS[name].formula}" if name in METRICS else "score"
     positive = values[values > 0]
     ratio = positive.max() / positive.min() if positive.size else 1
@@ -234,3 +238,13 @@ def _count_on(axis: "Axis") -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(10, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+
+
+def check_files(out: Path | None, plot: Path | None) -> None:
+    """Raise ShortcutError, before the long work, for files that could not be written after it."""
+    if out is not None:
+        check_file(out)
+    if plot is not None:
+        from shortcut.publish.plots import check_picture
+
+        check_picture(plot)

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shortcut.errors import ShortcutError
+from shortcut.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint, read_json
+from shortcut.checkpoint.stage import RECORD
+from shortcut.common.errors import ShortcutError
 from shortcut.publish.results import EVALUATION, RESULTS
 from shortcut.records.plan import Plan, format_plan, read_plan
 from shortcut.records.scores import format_scores, read_scores
-from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_json
-from shortcut.surgery.stage import RECORD
 
 _STAYS = {"report.html", "adapter"}  # the page names paths of this machine; the adapter is a model of its own
 _PATH = re.compile(r"(^|[*,])(\.{0,2}/[^,*]+)")  # alone, or in a list of texts with their weights

@@ -16,22 +16,22 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from shortcut import __version__
-from shortcut.anatomy import text_config
 from shortcut.checking.samples import Sample
+from shortcut.checking.trials import Trials
 from shortcut.checking.verify import CheckReport
-from shortcut.choose.trials import Trials
-from shortcut.errors import ShortcutError
+from shortcut.checkpoint.checkpoint import Checkpoint
+from shortcut.checkpoint.stage import write_text
+from shortcut.common.errors import ShortcutError
+from shortcut.common.text import format_count, format_size
+from shortcut.common.version import __version__
+from shortcut.family.anatomy import text_config
 from shortcut.publish.card import loading_code, say_what_goes
 from shortcut.publish.plots import TITLES, goes
 from shortcut.records.actions import Action
 from shortcut.records.plan import Plan, format_plan
 from shortcut.records.scores import Scores
 from shortcut.scoring.metrics import METRICS
-from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.savings import cache_per_token, prefill
-from shortcut.surgery.stage import write_text
-from shortcut.text import format_count, format_size
 
 Columns = Mapping[str, Mapping[str, float | str]]  # by model, what was counted and measured, by name
 PROMPT = (64, 576)  # tokens of text and of one image, whose operations are counted

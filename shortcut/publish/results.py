@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from shortcut.errors import ShortcutError
-from shortcut.surgery.checkpoint import read_json
-from shortcut.surgery.stage import RECORD
-from shortcut.text import format_table
+from shortcut.checkpoint.checkpoint import read_json
+from shortcut.checkpoint.stage import RECORD
+from shortcut.common.errors import ShortcutError
+from shortcut.common.text import format_table
 
 EVALUATION = "eval.json"  # where `eval --out` puts it for `push` to find
 RESULTS = ".eval_results/shortcut.yaml"
@@ -41,7 +41,7 @@ def read_evaluation(folder: Path) -> Mapping[str, Any] | None:
 
 def evaluation_table(found: Mapping[str, Any]) -> str:
     """Its figures with their intervals, for people; those of the base first, where it was measured beside it."""
-    from shortcut.checking.figures import Figure
+    from shortcut.checking.evaluation import Figure
 
     models = ["base", "model"] if found["base"] else ["model"]
     rows = [

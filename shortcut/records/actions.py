@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from shortcut.errors import ShortcutError
+from shortcut.common.errors import ShortcutError
 
 Half = Literal["attention", "mlp"]  # the two residual branches of a block
 Action = Literal["keep", "drop", "attention-only", "mlp-only", "last-token", "freeze-visual", "freeze-text"]

@@ -18,9 +18,9 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from shortcut.errors import ShortcutError
+from shortcut.common.errors import ShortcutError
 from shortcut.records.actions import GONE, LISTED, Action
-from shortcut.records.blocks import format_blocks, parse_blocks
+from shortcut.records.block_lists import format_blocks, parse_blocks
 
 Format = Literal["custom", "zeroed", "decilm"]
 FORMAT = 1

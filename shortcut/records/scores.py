@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from shortcut.errors import ShortcutError
+from shortcut.common.errors import ShortcutError
+from shortcut.common.text import format_table
 from shortcut.records.actions import MOVES, Action, Move
 from shortcut.records.plan import FORMAT, Base, check_format, read_base
-from shortcut.text import format_table
 
 Triangle = tuple[tuple[float, ...], ...]
 Average = Literal["tokens", "sequences"]  # what counts the same in a mean over text
@@ -44,7 +44,7 @@ class Scores:
     @property
     def names(self) -> list[str]:
         """The metrics, in the order in which they were asked for."""
-        return list(self.metrics or next(iter(self.halves.values())))
+        return list(self.metrics or next(iter(self.halves.values()), {}))
 
     @property
     def columns(self) -> dict[str, tuple[float, ...]]:
@@ -178,3 +178,11 @@ def _read_values(values: Any, depth: int) -> tuple[float, ...] | Triangle:
             raise ValueError
         return tuple(row(numbers, depth - n) for n, numbers in enumerate(values))
     return row(values, depth)
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean loss in nats; where that would be beyond what a number holds, the largest power of ten it holds."""
+    return math.exp(loss) if loss < _LARGEST else 1e308
+
+
+_LARGEST = math.log(1e308)

@@ -6,20 +6,20 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from shortcut.decoder import Batch, Decoder
-from shortcut.errors import ShortcutError
-from shortcut.live import device_of
-from shortcut.offload import free_memory, is_offloaded
-from shortcut.processes import add_up, share
-from shortcut.progress import track
+from shortcut.common.errors import ShortcutError
+from shortcut.common.processes import add_up, share
+from shortcut.common.progress import track
+from shortcut.live.blocks import device_of
+from shortcut.live.decoder import Batch, Decoder
+from shortcut.live.offload import free_memory, is_offloaded
 from shortcut.records.actions import FREEZING, GONE, Action
 from shortcut.records.scores import Measured
+from shortcut.scoring.accumulate import Sums, add_batch, key, weights
 from shortcut.scoring.gradients import score_weights
 from shortcut.scoring.metrics import Metric
 from shortcut.scoring.pairs import score_pairs
-from shortcut.scoring.partial import Partials
-from shortcut.scoring.store import Budget
-from shortcut.scoring.sums import add_batch, key, weights
+from shortcut.scoring.partial_sums import Partials
+from shortcut.scoring.spill import Budget
 from shortcut.scoring.walk import NOTHING, UNSCALED, run_together
 
 STATES_IN_MEMORY = 1 << 26  # bytes of hidden states, where the blocks are on the disk; the others go there too
@@ -103,6 +103,13 @@ def score_walked(
         through += len(group)
         if kept:
             kept.save(sums, through)
+    return _means(sums, metrics, allow, batches, depth)
+
+
+def _means(
+    sums: Sums, metrics: Sequence[Metric], allow: Sequence[Action], batches: Sequence[Batch], depth: int
+) -> Measured:
+    """Scores from sums over all batches: by action and metric."""
     scores: Measured = {action: {} for action in GONE}
     for metric in metrics:
         for action in GONE:

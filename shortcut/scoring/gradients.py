@@ -12,16 +12,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from shortcut.decoder import Batch, Call, Decoder
-from shortcut.errors import ShortcutError
-from shortcut.offload import resident
-from shortcut.processes import add_up, are_several, share
-from shortcut.progress import track
+from shortcut.common.errors import ShortcutError
+from shortcut.common.processes import add_up, are_several, share
+from shortcut.common.progress import track
+from shortcut.live.decoder import Batch, Call, Decoder
+from shortcut.live.offload import resident
 from shortcut.records.actions import Action
 from shortcut.records.scores import Measured
+from shortcut.scoring.accumulate import key
 from shortcut.scoring.metrics import Metric
-from shortcut.scoring.partial import Partial, Partials
-from shortcut.scoring.sums import key
+from shortcut.scoring.partial_sums import Partial, Partials
 from shortcut.scoring.walk import NOTHING, run_together, walk
 
 ROWS_AT_ONCE = 256  # whose logits, and their gradients, are in memory together

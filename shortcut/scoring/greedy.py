@@ -5,20 +5,21 @@ by which the block made it longer (Prune&Comp, arXiv:2507.18212).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from shortcut.decoder import Batch, Decoder
-from shortcut.errors import ShortcutError
-from shortcut.progress import track
+from shortcut.common.errors import ShortcutError
+from shortcut.common.progress import track
+from shortcut.live.decoder import Batch, Decoder
 from shortcut.records.actions import GONE, Action, Move
 from shortcut.scoring.blocks import score_walked
 from shortcut.scoring.metrics import Metric
-from shortcut.scoring.partial import Partials
+from shortcut.scoring.partial_sums import Partials
 from shortcut.scoring.walk import outcomes
 
 
@@ -29,6 +30,20 @@ def growth(before: Tensor, after: Tensor) -> Tensor:
 
 
 GROWTH = Metric("stream growth", growth, "states", "all", "‖y‖ / ‖x‖", "arXiv:2507.18212")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Moves that are made one by one. count: so many at most; candidates: the blocks that may lose something.
+
+    enough: with so many parameters gone no further move is made. scaled: in the place of every dropped block there is
+    its `GROWTH`.
+    """
+
+    count: int
+    candidates: Sequence[int]
+    enough: float = math.inf
+    scaled: bool = False
 
 
 def check_greedy(metric: Metric, count: int | None, candidates: int, depth: int, allow: Sequence[Action]) -> int:
@@ -48,29 +63,25 @@ def remove_greedily(
     decoder: Decoder,
     batches: Sequence[Batch],
     metric: Metric,
-    count: int,
-    candidates: Iterable[int],
+    removal: Removal,
     *,
     allow: Sequence[Action] = ("drop",),
     weights: Callable[[int, Action], int] = lambda _, __: 1,
-    enough: float = math.inf,
-    scaled: bool = False,
     partials: Partials | None = None,
     quiet: bool = True,
 ) -> Iterator[tuple[Move, float]]:
     """Make the move that scores lowest, score what remains, and so on (SLEB); yields each move and its score then.
 
     Of several actions, that move is made that adds least to the score per weight that goes. weights: how many go by
-    an action on a block; enough: so many that no further move is made, even before `count`. scaled: in the place of
-    every dropped block there is its `GROWTH`. Metrics of logits compare with the whole model all along. Ties go to the
+    an action on a block. Metrics of logits compare with the whole model all along. Ties go to the
     deeper block. Raises ShortcutError as `score_blocks` and `check_greedy` do.
     """
-    left, depth = list(candidates), len(decoder.blocks)
+    left, depth, scaled = list(removal.candidates), len(decoder.blocks), removal.scaled
     done, scales = dict[int, Action](), dict[int, float]()
     metrics = [metric, GROWTH] if scaled else [metric]
-    check_greedy(metric, count, len(left), depth, allow)
-    for _ in track(range(count), "removing", quiet=quiet):
-        if sum(weights(*move) for move in done.items()) >= enough:
+    check_greedy(metric, removal.count, len(left), depth, allow)
+    for _ in track(range(removal.count), "removing", quiet=quiet):
+        if sum(weights(*move) for move in done.items()) >= removal.enough:
             return
         found: Any = score_walked(decoder, batches, metrics, allow, done, scales, partials=partials, quiet=True)
         scores: dict[Move, float] = {
@@ -92,3 +103,16 @@ def remove_greedily(
         done[lowest.block] = lowest.action
         if scaled and lowest.action == "drop":
             scales[lowest.block] = found["drop"][GROWTH.name][lowest.block]
+
+
+def plan_removal(
+    metric: Metric, count: int | None, may_go: Sequence[int], depth: int, allow: Sequence[Action], *, scaled: bool
+) -> Removal:
+    """The moves that can be made one by one: so many, where a count is given. Raises as `check_greedy` does."""
+    return Removal(check_greedy(metric, count, len(may_go), depth, allow), may_go, scaled=scaled)
+
+
+def check_scaled(scaled: bool, greedy: int) -> None:
+    """Raise ShortcutError where there is no second scoring to scale anything for."""
+    if scaled and not greedy:
+        raise ShortcutError("--scaled is for blocks that go one by one: score --greedy N, or --select greedy")

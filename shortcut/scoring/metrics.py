@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from shortcut.errors import ShortcutError
-from shortcut.records.scores import Average
-from shortcut.text import format_table
+from shortcut.common.errors import ShortcutError
+from shortcut.common.text import format_table
+from shortcut.records.scores import Average, perplexity_of
 
 Needs = Literal["states", "spans", "pairs", "logits", "gradients", "weights"]
 # What a need costs, in passes of a batch through one of L blocks.
@@ -138,17 +138,11 @@ def next_token_loss(_: Tensor, ablated: Tensor, targets: Tensor) -> Tensor:
     return -ablated.gather(-1, targets[:, None])[:, 0]
 
 
-def perplexity_of(loss: float) -> float:
-    """exp of a mean loss in nats; where that would be beyond what a number holds, the largest power of ten it holds."""
-    return math.exp(loss) if loss < _LARGEST else 1e308
-
-
 def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
     """First-order change of the loss when a weight becomes zero: |weight x gradient| (Shortened LLaMA)."""
     return (weight * gradient).abs()
 
 
-_LARGEST = math.log(1e308)
 _SHORTGPT, _DEEPER, _SHORTV = "arXiv:2403.03853", "arXiv:2403.17887", "arXiv:2504.00502"
 _SHORT = "after short-transformers 1.0.0"
 _SHORTENED, _SHORTX = "arXiv:2402.02834", "github.com/icip-cas/ShortX"

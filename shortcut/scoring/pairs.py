@@ -7,17 +7,17 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from shortcut.decoder import Batch, Decoder
-from shortcut.errors import ShortcutError
-from shortcut.live import device_of
-from shortcut.offload import free_memory, is_offloaded
-from shortcut.processes import add_up, share
-from shortcut.progress import track
+from shortcut.common.errors import ShortcutError
+from shortcut.common.processes import add_up, share
+from shortcut.common.progress import track
+from shortcut.live.blocks import device_of
+from shortcut.live.decoder import Batch, Decoder, check_finite
+from shortcut.live.offload import free_memory, is_offloaded
 from shortcut.records.scores import Triangle
 from shortcut.scoring.metrics import Metric
-from shortcut.scoring.partial import Partials
-from shortcut.scoring.store import Budget, Store
-from shortcut.scoring.walk import NOTHING, WHOLE, check_finite, run_together, walk
+from shortcut.scoring.partial_sums import Partials
+from shortcut.scoring.spill import Budget, SpillDict
+from shortcut.scoring.walk import NOTHING, WHOLE, run_together, walk
 
 ENOUGH = 2  # times as many tokens as the states are wide: with fewer, a map fits anything
 
@@ -35,7 +35,7 @@ def score_pairs(
     depth, tokens = len(decoder.blocks), sum(int(batch.mask.sum()) for batch in batches)
     with TemporaryDirectory(prefix="shortcut-") as folder:
         budget = Budget(free_memory(device_of(decoder.model)) // 4, Path(folder))
-        points: list[Store[int]] = [Store(budget) for _ in range(depth + 1)]
+        points: list[SpillDict[int]] = [SpillDict(budget) for _ in range(depth + 1)]
         runs = [_keep(decoder, batch, points, number) for number, batch in enumerate(batches)]
         for group in [runs] if is_offloaded(decoder.model) else [[run] for run in runs]:
             run_together(decoder, group)
@@ -63,7 +63,7 @@ def score_pairs(
     return found
 
 
-def _keep(decoder: Decoder, batch: Batch, points: Sequence[Store[int]], number: int) -> Iterator[None]:
+def _keep(decoder: Decoder, batch: Batch, points: Sequence[SpillDict[int]], number: int) -> Iterator[None]:
     """Walk with one batch and keep the states of its real tokens before and after every block."""
     for step in walk(decoder, batch):
         if step.block == 0:
@@ -74,5 +74,5 @@ def _keep(decoder: Decoder, batch: Batch, points: Sequence[Store[int]], number: 
         yield
 
 
-def _together(point: Store[int]) -> Tensor:
+def _together(point: SpillDict[int]) -> Tensor:
     return torch.cat([*point.values()]).float()

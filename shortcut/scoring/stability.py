@@ -5,9 +5,9 @@ from itertools import combinations
 
 import numpy as np
 
-from shortcut.errors import ShortcutError
+from shortcut.common.errors import ShortcutError
+from shortcut.material.pictures import Material
 from shortcut.records.scores import Scores
-from shortcut.scoring.pictures import Material
 
 
 def split_evenly(calibration: Material, parts: int) -> list[Material]:

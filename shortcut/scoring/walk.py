@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortcut.decoder import Batch, Call, Decoder
-from shortcut.errors import ShortcutError
-from shortcut.live import hidden_input, hidden_output
-from shortcut.offload import is_offloaded, resident
+from shortcut.live.blocks import hidden_input, hidden_output
+from shortcut.live.decoder import Batch, Call, Decoder
+from shortcut.live.offload import is_offloaded, resident
 from shortcut.records.actions import FREEZING, Action, Move, join
 
 TOKENS_PER_CALL = 4096  # of several streams together: more is no faster, and attention needs memory for all of them
@@ -67,9 +66,7 @@ def walk(
     if decoder.fault is not None:
         yield from _walk_as_a_whole(decoder, batch, ablated, allow, done)
         return
-    tokens = TOKENS_WHEN_SCARCE if is_offloaded(decoder.model) else TOKENS_PER_CALL
-    room = max(1, tokens // batch.ids.numel()) if batch.visual is None else 1
-    calls = {1: decoder.calls(batch)}
+    calls = {1: decoder.calls(batch)}  # by how many streams run at once
     additions = decoder.additions(calls[1])
     hidden = hidden_input(*calls[1][0])
     for number in range(len(decoder.blocks)):
@@ -78,21 +75,14 @@ def walk(
             if (scale := scales.get(number)) is not None:
                 hidden = hidden * scale
                 if ablated is not None:
-                    for move in list(ablated):  # one after the other: they may be on the disk
-                        ablated[move] = ablated[move] * scale
+                    _lengthen(ablated, scale)
             continue
         if added is not None:
             hidden = hidden + added
         after = _run(decoder, batch, number, hidden, call, own)
         hidden = hidden.to(after.device)  # a model may be spread over several
         if ablated is not None:
-            for group in _groups(list(ablated), room):
-                copies = len(group)
-                if copies not in calls:
-                    calls[copies] = decoder.calls(Batch(batch.ids.repeat(copies, 1), batch.mask.repeat(copies, 1)))
-                streams = torch.cat([ablated[move] if added is None else ablated[move] + added for move in group])
-                behind = _run(decoder, batch, number, streams, calls[copies][number], own).chunk(copies)
-                ablated.update(zip(group, behind, strict=True))
+            _run_streams(decoder, batch, number, ablated, added, own, calls)
             for action in outcomes(own, allow):
                 known = after if action in FREEZING and own == "keep" else None
                 ablated[Move(number, action)] = _run(decoder, batch, number, hidden, call, action, known)
@@ -101,6 +91,33 @@ def walk(
         hidden = after
     if ablated is not None:
         ablated[AS_IT_IS] = hidden
+
+
+def _run_streams(
+    decoder: Decoder,
+    batch: Batch,
+    number: int,
+    streams: MutableMapping[Move, Tensor],
+    added: Tensor | None,
+    own: Action,
+    calls: dict[int, list[Call]],
+) -> None:
+    """Send every stream through a block, several at once where they are small. calls: is filled as they are needed."""
+    tokens = TOKENS_WHEN_SCARCE if is_offloaded(decoder.model) else TOKENS_PER_CALL
+    room = max(1, tokens // batch.ids.numel()) if batch.visual is None else 1
+    for group in _groups(list(streams), room):
+        copies = len(group)
+        if copies not in calls:
+            calls[copies] = decoder.calls(batch.repeat(copies))
+        together = torch.cat([streams[move] if added is None else streams[move] + added for move in group])
+        behind = _run(decoder, batch, number, together, calls[copies][number], own).chunk(copies)
+        streams.update(zip(group, behind, strict=True))
+
+
+def _lengthen(streams: MutableMapping[Move, Tensor], scale: float) -> None:
+    """Multiply every stream by a number, one after the other: they may be on the disk."""
+    for move in list(streams):
+        streams[move] = streams[move] * scale
 
 
 def _run(
@@ -184,12 +201,6 @@ def run_together(decoder: Decoder, walks: Sequence[Iterator[Any]], done: Mapping
     for steps in walks:
         for _ in steps:  # what they do behind the last block
             raise ValueError("an iterator makes more steps than there are blocks")
-
-
-def check_finite(values: Tensor, what: str, dtype: torch.dtype) -> None:
-    """Raise ShortcutError for NaN or infinity in what a model of this type gives."""
-    if not values.sum().isfinite():
-        raise ShortcutError(f"{what} gives NaN or infinity in {dtype}: use --dtype float32 or bfloat16")
 
 
 def _groups(items: list[Move], size: int) -> list[list[Move]]:

@@ -11,29 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shortcut import __version__
-from shortcut.anatomy import fused_axis
-from shortcut.errors import ShortcutError
+from shortcut.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint, read_json
+from shortcut.checkpoint.remote import bytes_to_fetch, fetch_tensors
+from shortcut.checkpoint.side_files import copy_side_files, write_json
+from shortcut.checkpoint.stage import RECORD, make_durable
+from shortcut.checkpoint.tensors import FLOATS, Tensor, select, write_file
+from shortcut.common.errors import ShortcutError
+from shortcut.common.text import format_count, format_size
+from shortcut.common.version import __version__
+from shortcut.family.anatomy import fused_axis
+from shortcut.family.fields import check_family, is_plain
+from shortcut.family.halves import decilm, has_own_code, modeling_of
+from shortcut.family.known import is_proven
 from shortcut.modeling.editions import NEWEST, beyond_proof
-from shortcut.modeling.hollowing import decilm, has_own_code, modeling_of
-from shortcut.records.blocks import format_blocks
+from shortcut.records.block_lists import format_blocks
 from shortcut.records.plan import FORMAT, Plan
-from shortcut.surgery.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint, read_json
-from shortcut.surgery.config import check_family, cut_config, is_plain
+from shortcut.surgery.config import cut_config
 from shortcut.surgery.decilm import check_decilm
-from shortcut.surgery.families import is_proven
 from shortcut.surgery.hollow import blanked, gone_by_half, hollow_config, renumber_frozen, write_modeling_file
-from shortcut.surgery.numbering import (
-    QUANTISATION_FIELDS,
-    QUANTISATION_FILES,
-    renumber_metadata,
-    renumber_settings,
-)
-from shortcut.surgery.remote import bytes_to_fetch, fetch_tensors
-from shortcut.surgery.side_files import copy_side_files, write_json
-from shortcut.surgery.stage import RECORD, make_durable
-from shortcut.surgery.tensors import FLOATS, Tensor, select, write_file
-from shortcut.text import format_count, format_size
+from shortcut.surgery.numbering import QUANTISATION_FIELDS, QUANTISATION_FILES, renumber_metadata, renumber_settings
 
 _EXTRA_HEAD = re.compile(r"(^|\.)mtp[._]")  # multi-token prediction, where it has a container of its own
 

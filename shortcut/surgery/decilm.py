@@ -8,13 +8,14 @@ anything is written.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shortcut.errors import ShortcutError
-from shortcut.modeling.hollowing import decilm, hollowing_of
+from shortcut.checkpoint.checkpoint import Checkpoint
+from shortcut.checkpoint.tensors import ROTARY_TABLE
+from shortcut.common.errors import ShortcutError
+from shortcut.family.fields import rope_apart
+from shortcut.family.halves import decilm, hollowing_of
 from shortcut.records.actions import GONE
 from shortcut.records.plan import Plan
-from shortcut.surgery.checkpoint import Checkpoint
-from shortcut.surgery.config import resolve_config, rope_apart
-from shortcut.surgery.tensors import ROTARY_TABLE
+from shortcut.surgery.config import resolve_config
 
 LLAMA_SHAPED = ("LlamaForCausalLM", "MistralForCausalLM")
 # What has to be so where it is given at all: the servers know nothing else, or some of them do not look.

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from shortcut.anatomy import fused_axis
-from shortcut.errors import ShortcutError
-from shortcut.live import Model, blocks_path, build_empty
-from shortcut.surgery.checkpoint import Checkpoint
+from shortcut.checkpoint.checkpoint import Checkpoint
+from shortcut.common.errors import ShortcutError
+from shortcut.family.anatomy import fused_axis
+from shortcut.live.blocks import blocks_path
+from shortcut.live.load import Model, build_empty
 
 # Attributes that name the block or the depth and enter no arithmetic (big_bird seeds the random attention of training;
 # recurrent_gemma notes its running state).

@@ -5,15 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shortcut.anatomy import part_of, visual_tokens
-from shortcut.errors import ShortcutError
-from shortcut.modeling.hollowing import hollowing_of, modeling_of
+from shortcut.checkpoint.checkpoint import Checkpoint
+from shortcut.checkpoint.tensors import FLOATS, Tensor
+from shortcut.common.errors import ShortcutError
+from shortcut.family.anatomy import part_of, visual_tokens
+from shortcut.family.halves import hollowing_of, modeling_of
 from shortcut.records.actions import GONE
-from shortcut.records.blocks import format_blocks
+from shortcut.records.block_lists import format_blocks
 from shortcut.records.plan import Plan
-from shortcut.surgery.checkpoint import Checkpoint
 from shortcut.surgery.decilm import decilm_config, llama_settings
-from shortcut.surgery.tensors import FLOATS, Tensor
 
 WITHOUT_KEYS = {"linear_attention", "conv", "moe", "mlp"}  # kinds of blocks
 
@@ -48,7 +48,7 @@ def hollow_config(config: dict[str, Any], checkpoint: Checkpoint, plan: Plan) ->
         return decilm_config(config, checkpoint, plan)
     hollowing = hollowing_of(checkpoint.config)
     if plan.frozen:
-        from shortcut.live import load_config
+        from shortcut.live.load import load_config
 
         check_frozen(checkpoint.config, load_config(checkpoint.config), plan)
         blocks = [new for new, old in enumerate(plan.kept) if old in plan.frozen]

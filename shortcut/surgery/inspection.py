@@ -3,12 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from shortcut.anatomy import Part, part_of, text_config
-from shortcut.records.blocks import format_blocks
-from shortcut.surgery.checkpoint import Checkpoint
-from shortcut.surgery.config import is_per_block, refusal
+from shortcut.checkpoint.checkpoint import Checkpoint
+from shortcut.common.text import format_count, format_size, format_table
+from shortcut.family.anatomy import Part, part_of, text_config
+from shortcut.family.fields import is_per_block, refusal
+from shortcut.records.block_lists import format_blocks
 from shortcut.surgery.savings import CONTEXT, Prefill, Saving, savings
-from shortcut.text import format_count, format_size, format_table
 
 PARTS: tuple[Part, ...] = ("attention", "mlp", "norms", "other")
 

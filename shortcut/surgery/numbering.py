@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from shortcut.anatomy import Anatomy, is_other_tower
-from shortcut.errors import ShortcutError
+from shortcut.common.errors import ShortcutError
+from shortcut.family.anatomy import Anatomy, is_other_tower
 
 # Fields of config.json, and files beside it, that say how single modules are quantised.
 QUANTISATION_FIELDS = ("quantization_config", "compression_config", "quantization")

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shortcut.anatomy import visual_tokens
-from shortcut.decoder import Decoder
-from shortcut.errors import ShortcutError
-from shortcut.live import Model, find_blocks, forwards_replaced, hidden_input, output_forms
+from shortcut.common.errors import ShortcutError
+from shortcut.family.anatomy import visual_tokens
+from shortcut.live.blocks import find_blocks, forwards_replaced, hidden_input, output_forms
+from shortcut.live.decoder import Decoder
+from shortcut.live.load import Model
 from shortcut.records.actions import GONE
 from shortcut.records.plan import Plan
 from shortcut.surgery.hollow import check_frozen

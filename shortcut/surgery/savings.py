@@ -11,15 +11,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shortcut.anatomy import part_of, text_config
-from shortcut.errors import ShortcutError
-from shortcut.modeling.hollowing import Hollowing, can_be_hollow, hollowing_of
+from shortcut.checkpoint.checkpoint import Checkpoint
+from shortcut.checkpoint.tensors import FLOATS, Tensor
+from shortcut.common.errors import ShortcutError
+from shortcut.common.text import format_count
+from shortcut.family.anatomy import part_of, text_config
+from shortcut.family.halves import Hollowing, can_be_hollow, hollowing_of
 from shortcut.records.actions import GONE, Action
-from shortcut.records.blocks import format_blocks
+from shortcut.records.block_lists import format_blocks
 from shortcut.records.plan import Plan
-from shortcut.surgery.checkpoint import Checkpoint
-from shortcut.surgery.tensors import FLOATS, Tensor
-from shortcut.text import format_count
 
 CONTEXT = 1024  # tokens of a prompt, and in front of a new token
 CACHED = 2  # bytes of a number in the cache: half precision, as models are served

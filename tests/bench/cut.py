@@ -56,7 +56,7 @@ def main() -> None:
         against_cp(base, folder, f"9 of {DEPTH} blocks of {size / 1e9:.2f} GB in four shards")
         against_tools(base, folder, DEPTH, f"9 of {DEPTH} blocks of {size / 1e9:.2f} GB in four shards", bound=4)
         shutil.rmtree(base)
-        finder = "from shortcut.sources import *; print(open_model(embedded_model(), quiet=True).folder)"
+        finder = "from shortcut.checkpoint.open import *; print(open_model(embedded_model(), quiet=True).folder)"
         found = subprocess.run([sys.executable, "-c", finder], check=True, capture_output=True, text=True)
         against_tools(Path(found.stdout.strip()), folder, 30, "9 of 30 blocks of SmolLM2-135M", bound=10)
 

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from shortcut.surgery.checkpoint import read_checkpoint
-from shortcut.surgery.tensors import same_bytes
+from shortcut.checkpoint.checkpoint import read_checkpoint
+from shortcut.checkpoint.tensors import same_bytes
 
 
 def main() -> None:

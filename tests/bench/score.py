@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shortcut.decoder import Batch
-from shortcut.live import Model, decode, load_model, load_tokenizer
-from shortcut.offload import open_live
-from shortcut.scoring.calibration import make_batches, make_calibration
-from shortcut.scoring.documents import Source
+from shortcut.checkpoint.checkpoint import read_checkpoint
+from shortcut.checkpoint.open import embedded_model, open_model
+from shortcut.live.blocks import decode
+from shortcut.live.decoder import Batch
+from shortcut.live.load import Model, load_model, load_tokenizer
+from shortcut.live.offload import open_live
+from shortcut.material.calibration import make_batches, make_calibration
+from shortcut.material.documents import Source
+from shortcut.options.groups import Loading
 from shortcut.scoring.metrics import METRICS, angular_distance, block_influence, l2, relative_magnitude, variance
-from shortcut.sources import embedded_model, open_model
-from shortcut.surgery.checkpoint import read_checkpoint
 from tests.bench.rounds import THREADS, compare, emit, take_turns, timed
 from tests.reference import scores_of
 
@@ -31,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     folder = open_model(embedded_model()).folder
     calibration = make_calibration(load_tokenizer(folder), Source(), samples=SAMPLES, length=LENGTH)
-    model = load_model(folder, device="cpu", dtype="float32")
+    model = load_model(folder, Loading(device="cpu", dtype="float32"))
     batches = make_batches(calibration, BATCH, model.device)
     metrics = [metric for metric in METRICS.values() if metric.needs in ("states", "spans")]
     check_agreement(scores_of(model, batches, metrics), score_by_hand(model, batches))  # and warms up
@@ -67,8 +69,7 @@ def compare_ablations(model: Model, batches: list[Batch]) -> None:
 def compare_offloaded(folder: Path, batches: list[Batch], walk: Callable[[], float]) -> None:
     """Blocks read from the disk (the page cache, here) when they run, against blocks in memory."""
     checkpoint, metrics = read_checkpoint(folder), [m for m in METRICS.values() if m.needs in ("states", "spans")]
-    loading = {"device": "cpu", "dtype": "float32", "trust_remote_code": False, "quiet": True}
-    with open_live(folder, checkpoint.config, checkpoint.parameters, offload=True, **loading) as model:
+    with open_live(checkpoint, Loading(device="cpu", dtype="float32"), offload=True, quiet=True) as model:
         timings = take_turns(RUNS, lambda: timed(lambda: scores_of(model, batches, metrics)), walk)
     what = f"SmolLM2-135M, {SAMPLES} x {LENGTH} tokens, float32, {THREADS} thread, blocks on the disk"
     emit("score", what, rival="blocks in memory", **compare(*timings), bound=1.5)

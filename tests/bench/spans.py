@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from shortcut.live import load_model, load_tokenizer
+from shortcut.checkpoint.open import embedded_model, open_model
+from shortcut.live.load import load_model, load_tokenizer
+from shortcut.material.calibration import Calibration, Source, make_batches, make_calibration
+from shortcut.options.groups import Loading
 from shortcut.records.scores import Triangle
 from shortcut.scoring.blocks import score_blocks
-from shortcut.scoring.calibration import Calibration, Source, make_batches, make_calibration
 from shortcut.scoring.metrics import METRICS
-from shortcut.sources import embedded_model, open_model
 from tests.bench.rounds import THREADS, compare, emit, take_turns, timed
 
 RUNS = 3
@@ -38,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     folder = open_model(embedded_model()).folder
     calibration = make_calibration(load_tokenizer(folder), Source(), samples=SAMPLES, length=LENGTH)
-    model = load_model(folder, device="cpu", dtype="float32")
+    model = load_model(folder, Loading(device="cpu", dtype="float32"))
     batches = make_batches(calibration, BATCH, model.device)
 
     def score(*names: str) -> Any:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from shortcut.checking.speed import measure_speed
-from shortcut.commands import cut
-from shortcut.live import load_model
-from shortcut.sources import embedded_model, open_model
+from shortcut.checkpoint.open import embedded_model, open_model
+from shortcut.live.load import load_model
 from shortcut.surgery.savings import savings
+from shortcut.verbs.cut import cut
 from tests.bench.rounds import THREADS, emit, scratch
 
 REPEATS, RUNS, PROMPT = 3, 3, 1024

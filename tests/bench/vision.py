@@ -16,7 +16,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import shortcut
 from shortcut.checking.verify import images_put_back
-from shortcut.decoder import Batch, Decoder
+from shortcut.live.decoder import Batch, Decoder
 from shortcut.records.plan import Base, Plan
 from shortcut.scoring.blocks import score_blocks
 from shortcut.scoring.metrics import METRICS

@@ -20,10 +20,21 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import shortcut
-from shortcut.errors import ShortcutError
-from shortcut.surgery import config as rules
-from shortcut.surgery.checkpoint import read_checkpoint
-from shortcut.surgery.compare import compare_tensors
+from shortcut.checkpoint.checkpoint import read_checkpoint
+from shortcut.common.errors import ShortcutError
+from shortcut.family.fields import (
+    CYCLES,
+    INCLUSIVE_ENDS,
+    INDEX_SETS,
+    KEYED,
+    PERIODS,
+    PERIODS_WITH_OFFSET,
+    PREFIX_COUNTS,
+    SUFFIX_COUNTS,
+    UNSOLVED,
+    is_plain,
+)
+from shortcut.surgery.diff import compare_tensors
 
 SECONDS, MEGABYTES = 2.0, 300
 DEPTH = 5
@@ -47,10 +58,10 @@ VALUES: list[Any] = [
     *([], {}, [1], [0, 99], [-1], ["a"] * DEPTH, [0] * DEPTH, [[]], {"0": 1}, {"x": {}}, {"3": {"skip": []}}, DEEP),
 ]
 FIELDS = [
-    *sorted(rules.PREFIX_COUNTS | rules.INCLUSIVE_ENDS | rules.SUFFIX_COUNTS | set(rules.INDEX_SETS) | rules.KEYED),
-    *sorted(rules.CYCLES | set(rules.PERIODS_WITH_OFFSET) | set(rules.PERIODS_WITH_OFFSET.values())),
-    *rules.PERIODS,
-    *rules.UNSOLVED,
+    *sorted(PREFIX_COUNTS | INCLUSIVE_ENDS | SUFFIX_COUNTS | set(INDEX_SETS) | KEYED),
+    *sorted(CYCLES | set(PERIODS_WITH_OFFSET) | set(PERIODS_WITH_OFFSET.values())),
+    *PERIODS,
+    *UNSOLVED,
     *("num_hidden_layers", "n_layer", "layer_types", "indexer_types", "kv_source_layers", "quantization_config"),
     *("text_config", "model_type", "auto_map", "decoder_sparse_step", "scale_depth", "num_nextn_predict_layers"),
     *("architectures", "transformers_version", "ignore", "weight_map", "plan", "lineage", "__metadata__"),
@@ -186,7 +197,7 @@ def attempt(folder: Path, out: Path) -> str:
     try:
         inspection = shortcut.inspect(folder, quiet=True)
         str(inspection)
-        if not rules.is_plain(read_checkpoint(folder).config):
+        if not is_plain(read_checkpoint(folder).config):
             return "inspected"
         report = shortcut.cut(folder, out, drop="1,3", quiet=True)
         str(report)

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import shortcut
+from shortcut.checkpoint.open import embedded_model, open_model
 from shortcut.records.plan import Plan
-from shortcut.sources import embedded_model, open_model
 from tests import vision
 from tests.conftest import VOCABULARY, make_model
 from tests.matrix.probe import answer, load

@@ -31,8 +31,8 @@ import transformers
 from torch import Tensor, nn
 
 import shortcut
-from shortcut.errors import ShortcutError
-from shortcut.live import find_blocks
+from shortcut.common.errors import ShortcutError
+from shortcut.live.blocks import find_blocks
 from tests.sweep.tiny import (
     DEPTH,
     FIRST_SPECIAL,

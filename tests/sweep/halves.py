@@ -23,19 +23,22 @@ import torch
 import transformers
 
 import shortcut
-from shortcut.anatomy import visual_tokens
-from shortcut.branches import Branches
-from shortcut.decoder import Decoder
-from shortcut.errors import ShortcutError
-from shortcut.live import blocks_path, find_blocks, hidden_input, hidden_output, load_model
-from shortcut.modeling import hollowing
-from shortcut.modeling.hollowing import Hollowing
+from shortcut.checkpoint.checkpoint import read_checkpoint
+from shortcut.common.errors import ShortcutError
+from shortcut.family import halves
+from shortcut.family.anatomy import visual_tokens
+from shortcut.family.halves import Hollowing
+from shortcut.live.blocks import blocks_path, find_blocks, hidden_input, hidden_output
+from shortcut.live.branches import Branches
+from shortcut.live.decoder import Decoder
+from shortcut.live.load import load_model
+from shortcut.options.groups import Loading
 from shortcut.records.plan import Plan
-from shortcut.surgery.checkpoint import read_checkpoint
 from shortcut.surgery.hollow import WITHOUT_KEYS
 from tests.sweep.__main__ import describe, generated, logits
 from tests.sweep.tiny import DEPTH, SKIPPED, Fields, Kind, model_types, tiny_inputs, tiny_model
 
+TRUSTING = Loading(trust_remote_code=True)
 TABLE = Path(shortcut.__file__).parent / "data" / "halves.json"
 MIXTURES: tuple[dict[int, Any], ...] = (
     {0: "mlp-only", 2: "attention-only", 4: "drop"},
@@ -78,7 +81,7 @@ def try_family(family: str, kind: Kind, folder: Path) -> Hollowing:
     found = find_hollowing(model, kind)
     model.save_pretrained(folder / "base")
     base = read_checkpoint(folder / "base")
-    hollowing.read_hollowings = lambda: {(found.family, found.architecture): found}  # type: ignore[assignment]
+    halves.read_hollowings = lambda: {(found.family, found.architecture): found}  # type: ignore[assignment]
     model = load_model(folder / "base")
     inputs = tiny_inputs(model, kind)
     writes = {way for way, tokens in generated(model, inputs).items() if isinstance(tokens, list)}
@@ -89,7 +92,7 @@ def try_family(family: str, kind: Kind, folder: Path) -> Hollowing:
         except ShortcutError:  # a block that others depend on; halves may go all the same
             plan = Plan.of(base.base, {block: action for block, action in actions.items() if action != "drop"})
             shortcut.cut(folder / "base", folder / f"{number}", plan=plan, verify=True, quiet=True)
-        short = load_model(folder / f"{number}", trust_remote_code=True)
+        short = load_model(folder / f"{number}", TRUSTING)
         before = logits(model, inputs)
         with shortcut.preview(model, plan):
             expected, continued = logits(model, inputs), generated(model, inputs)
@@ -151,7 +154,7 @@ def _is_defined(
     name = f"{base.config.model_type}: {folder.name}"
     try:
         shortcut.cut(folder.parent / "base", folder, plan=plan, quiet=True)
-        short = load_model(folder, trust_remote_code=True)  # its file is not on record yet
+        short = load_model(folder, TRUSTING)  # its file is not on record yet
         got, continued = logits(short, inputs), generated(short, inputs)["cache"]
         handles = [base.register_forward_pre_hook(look, with_kwargs=True)]
         handles += [find_blocks(base)[block].register_forward_hook(restore, with_kwargs=True) for block in actions]

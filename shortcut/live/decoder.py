@@ -1,0 +1,254 @@
+"""A live model taken apart into its blocks, so that they can be run one by one, whole or in part.
+
+What every block is called with is noted in a forward pass of the decoder in which recorders stand in for the blocks.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from shortcut.common.errors import ShortcutError
+from shortcut.live.blocks import (
+    call_block,
+    decode,
+    device_of,
+    find_blocks,
+    forwards_replaced,
+    hidden_input,
+    output_forms,
+)
+from shortcut.live.branches import Branches, find_branches
+from shortcut.live.load import LOADING_ERRORS, Model
+from shortcut.live.offload import is_on_disk, resident
+from shortcut.records.actions import GONE, Action
+
+PREDICTION_TOLERANCE = 0.05  # of the largest log probability: far above what reordered sums do, also in bfloat16
+PROBE = 8  # tokens on which a model is tried
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids and their mask, both (batch, tokens); the mask is False on padding, which is on the right.
+
+    visual: which tokens stand for parts of images, (batch, tokens); extra: what else the model is called with then;
+    answers: which tokens are of the answers, where these are there.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    visual: Tensor | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    answers: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        extra = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.extra.items()}
+        visual = None if self.visual is None else self.visual.to(device)
+        answers = None if self.answers is None else self.answers.to(device)
+        return Batch(self.ids.to(device), self.mask.to(device), visual, extra, answers)
+
+    def repeat(self, copies: int) -> "Batch":
+        """So many copies of a batch of text, one behind the other."""
+        return Batch(self.ids.repeat(copies, 1), self.mask.repeat(copies, 1))
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model is called with. A full mask is left out: attention then takes its fastest path."""
+        mask = {} if self.mask.all() else {"attention_mask": self.mask.long()}
+        return {"input_ids": self.ids, **mask, **self.extra}
+
+    @property
+    def predicted(self) -> Tensor:
+        """Which tokens count when predictions are judged, all but the first of a row: (batch, tokens - 1).
+
+        Those of answers where they are there, else those that are text.
+        """
+        text = self.mask if self.visual is None else self.mask & ~self.visual
+        return (text if self.answers is None else self.answers)[:, 1:]
+
+    def frozen(self, action: Action) -> Tensor:
+        """Which tokens an action freezes: (batch, tokens). Raises ShortcutError where there are no images."""
+        if self.visual is None:
+            raise ShortcutError(f"{action} needs images with questions: see --data")
+        return self.visual if action == "freeze-visual" else self.mask & ~self.visual
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A live model taken apart: its blocks, how each wraps the hidden states that it returns, and its vocabulary.
+
+    fault: why its blocks cannot be run one by one, in the few families where they hand on more than hidden states.
+    """
+
+    model: Model
+    blocks: nn.ModuleList
+    forms: tuple[Callable[[Tensor], Any], ...]
+    vocabulary: int
+    fault: str | None = None
+    known: dict[str, Branches] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Model) -> "Decoder":
+        """Take a model apart, and find out on a few tokens whether its parts make up the whole.
+
+        Raises ShortcutError where its blocks cannot be told, and where it does not run on text alone.
+        """
+        batch = _probe(model)
+        try:
+            forms, logits = output_forms(model, batch.ids)
+        except LOADING_ERRORS as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ShortcutError(f"{model.config.model_type} cannot be run on text alone: {reason}") from None
+        decoder = cls(model, find_blocks(model), tuple(forms), logits.shape[-1])
+        return replace(decoder, fault=decoder._find_fault(batch, logits[0]))
+
+    def _find_fault(self, batch: Batch, logits: Tensor) -> str | None:
+        """Why the blocks cannot be run one by one, given what the whole model makes of a batch."""
+        try:
+            with torch.no_grad():
+                last = self.states(batch)[-1]
+                walked, expected = self.predict(last[0]), torch.log_softmax(logits.float(), dim=-1)
+        except LOADING_ERRORS as error:
+            return " ".join(str(error).split())[:200]
+        if last.shape[:2] != batch.ids.shape:
+            return f"their states are {tuple(last.shape)}, not (batch, tokens, width)"
+        difference = (walked - expected).abs().max().item()
+        unknown = not logits.isfinite().all()  # whoever runs the blocks finds which of them it is
+        alike = unknown or difference <= PREDICTION_TOLERANCE * expected.abs().max().item()
+        return None if alike else f"log probabilities differ by {difference:.3g}"
+
+    def check_alone(self, what: str) -> None:
+        """Raise ShortcutError where blocks cannot be run one by one, for what needs that."""
+        if self.fault is not None:
+            family = self.model.config.model_type
+            raise ShortcutError(f"{what} needs blocks that run one by one, and those of {family} do not: {self.fault}")
+
+    def calls(self, batch: Batch) -> list[Call]:
+        """What every block is called with in a forward pass of this batch; the blocks themselves do not run."""
+        noted: dict[int, Call] = {}
+
+        def recorder(number: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                noted[number] = (args, kwargs)
+                return self.forms[number](hidden_input(args, kwargs))
+
+            return forward
+
+        with forwards_replaced({block: recorder(number) for number, block in enumerate(self.blocks)}):
+            decode(self.model, batch.inputs)
+        return [noted[number] for number in range(len(self.blocks))]
+
+    def run(self, number: int, hidden: Tensor, call: Call, action: Action = "keep") -> Tensor:
+        """The states after a block, called as it was in a forward pass but for the states before it.
+
+        action: what is left of the block. Raises ShortcutError as `find_branches` does for half a block.
+        """
+        if action == "drop":
+            return hidden
+        silent = {} if action == "keep" else self.branches(number).silent(GONE[action])
+        with forwards_replaced(silent):
+            return call_block(self.blocks[number], hidden, *call)
+
+    @staticmethod
+    def additions(calls: Sequence[Call]) -> list[Tensor | None]:
+        """What the model itself adds to the states in front of every block, given its `calls`; None for nothing.
+
+        Some families add features of images between the first blocks.
+        """
+        found: list[Tensor | None] = [None]
+        for before, now in pairwise(hidden_input(*call) for call in calls):
+            added = None if now is before else now - before.to(now.device)
+            found.append(added if added is not None and added.any() else None)
+        return found
+
+    def check_images(self, batch: Batch) -> None:
+        """Raise ShortcutError where blocks that run one by one do not make the whole of the model for this batch."""
+        with torch.no_grad():
+            states = self.states(batch)[-1][:, -1:]
+            expected = torch.log_softmax(self.model(**batch.inputs, use_cache=False).logits[:, -1].float(), dim=-1)
+            difference = (self.predict(states[:, 0]) - expected).abs().max().item()
+        if not difference <= PREDICTION_TOLERANCE * expected.abs().max().item():
+            family = self.model.config.model_type
+            raise ShortcutError(f"blocks of {family} that see images do not run one by one: {difference:.3g} apart")
+
+    def states(self, batch: Batch, *, recompute: bool = False) -> list[Tensor]:
+        """The states before every block, and those after the last: (batch, tokens, width) each.
+
+        recompute: what goes on within a block is forgotten, and run again when gradients are taken.
+        """
+        calls = self.calls(batch)
+        states = [hidden_input(*calls[0])]
+        for number, (call, added) in enumerate(zip(calls, self.additions(calls), strict=True)):
+            states[-1] = states[-1] if added is None else states[-1] + added
+            if recompute:
+                states.append(checkpoint(self.run, number, states[-1], call, use_reentrant=False))
+            else:
+                states.append(self.run(number, states[-1], call))
+        return states
+
+    def branches(self, number: int) -> Branches:
+        """The two halves of a block. Raises ShortcutError as `find_branches` and `check_alone` do."""
+        self.check_alone("half a block")
+        block = self.blocks[number]
+        build = repr(block)  # what is built alike is tried once
+        if build not in self.known:
+            batch, name = _probe(self.model), f"block {number} of {self.model.config.model_type}"
+            with torch.no_grad(), resident(block):
+                call = self.calls(batch)[number]
+                hidden = hidden_input(*call)
+                noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+                self.known[build] = find_branches(name, block, noise, *call)
+        return self.known[build].of(block)
+
+    def weights(self, number: int, action: Action) -> list[nn.Parameter]:
+        """The weights of a block that go by an action."""
+        if action == "drop":
+            return list(self.blocks[number].parameters())
+        return [weight for half in GONE[action] for weight in self.branches(number).parameters(half)]
+
+    @property
+    def head(self) -> nn.Module:
+        """The module that is best kept resident while predictions are made."""
+        return self.model.get_output_embeddings() or self.model
+
+    def predict(self, states: Tensor) -> Tensor:
+        """Log probabilities of the next token after the states of the last block: (n, width) -> (n, vocabulary).
+
+        The model's own way from there on, final norm, vocabulary projection and all, in float32. Where blocks cannot be
+        run one by one, the states are logits already.
+        """
+        if self.fault is not None:
+            return torch.log_softmax(states.float(), dim=-1)
+
+        def stand_in(number: int) -> Callable[..., Any]:
+            return lambda *_, **__: self.forms[number](states[:, None])
+
+        ids = torch.zeros(len(states), 1, dtype=torch.long, device=device_of(self.model))
+        stand_ins = {block: stand_in(number) for number, block in enumerate(self.blocks)}
+        first = self.model.get_input_embeddings()
+        if is_on_disk(first):  # what it gives goes no further than to the first block
+            stand_ins[first] = lambda ids: states.new_zeros(*ids.shape, first.weight.shape[1])
+        with forwards_replaced(stand_ins):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        return torch.log_softmax(logits[:, 0].float(), dim=-1)
+
+
+def _probe(model: Model) -> Batch:
+    ids = torch.arange(PROBE, device=device_of(model))[None]
+    return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+LOGITS_AT_ONCE = 1 << 22  # log probabilities of one stream in memory: 16 MB; more is slower on a CPU
+
+
+def check_finite(values: Tensor, what: str, dtype: torch.dtype) -> None:
+    """Raise ShortcutError for NaN or infinity in what a model of this type gives."""
+    if not values.sum().isfinite():
+        raise ShortcutError(f"{what} gives NaN or infinity in {dtype}: use --dtype float32 or bfloat16")

@@ -1,0 +1,195 @@
+"""A live model: loading it so that nothing is silently random, finding its blocks, standing in for their forward."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from shortcut.common.errors import ShortcutError
+from shortcut.family.halves import has_own_code
+from shortcut.options.groups import Loading
+
+Model = Any  # a PreTrainedModel of transformers, which mypy does not follow
+# What code of transformers raises for a config, a checkpoint or a call that is not right.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+    ImportError,
+    StrictDataclassError,
+)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of this name; "auto" is a GPU, else the CPU. Raises ShortcutError for one not there.
+
+    Of several processes on one machine, each takes its own GPU.
+    """
+    if device == "auto":
+        own = int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
+        return torch.device("cuda", own) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError):
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ShortcutError(f"no device {device!r} on this machine: there are {', '.join(here)}") from None
+    return picked
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """The type a name means; "auto" is float32 on a CPU and the checkpoint's own type elsewhere."""
+    if dtype not in DTYPES:
+        raise ShortcutError(f"unknown dtype {dtype!r}: there are {', '.join(DTYPES)}")
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, dtype)
+
+
+def load_model(
+    folder: Path,
+    how: Loading = Loading(),  # noqa: B008  (frozen)
+    *,
+    places: Mapping[str, Any] | Literal["auto"] | None = None,
+    scratch: Path | None = None,
+) -> Model:
+    """Load a checkpoint with plain `from_pretrained`, in evaluation mode, on one device.
+
+    places: where its parts go instead, "disk" being where they are, and "auto" spreading them over all GPUs; scratch: a
+    folder for those that have to be converted. Raises ShortcutError where any weight is missing, unexpected or of
+    another shape: transformers itself only logs that, and goes on with random numbers.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    where, trust = pick_device(how.device), trusts(folder, trust_remote_code=how.trust_remote_code)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+        model, info = auto_class(config).from_pretrained(
+            folder,
+            dtype=pick_dtype(how.dtype, where),
+            device_map=places or {"": where},
+            offload_folder=scratch,
+            trust_remote_code=trust,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except LOADING_ERRORS as error:
+        raise ShortcutError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if wrong := sorted(map(str, info.get(kind) or ())):
+            raise ShortcutError(
+                f"{folder} does not load whole: {len(wrong)} {kind.replace('_', ' ')}, such as {wrong[0]}"
+            )
+    model.eval()
+    if getattr(model, "hf_quantizer", None) is not None:  # compressed-tensors unpacks when the whole model is called
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    return model
+
+
+def trusts(folder: Path, *, trust_remote_code: bool) -> bool:
+    """Whether code of a checkpoint may run: when the user says so, and when it is no other than shortcut writes."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return trust_remote_code  # whoever reads it says what is wrong
+    return trust_remote_code or (isinstance(config, dict) and has_own_code(folder, config))
+
+
+def load_config(content: Mapping[str, Any], code: Path | None = None) -> Any:
+    """Have transformers read the content of a config.json, just as it would read the file.
+
+    code: a folder with the Python files that its auto_map names, which are run. Raises ShortcutError where transformers
+    cannot read it.
+    """
+    with _config_folder(content, code) as folder:
+        return _read_config(folder, code)
+
+
+def build_empty(content: Mapping[str, Any], code: Path | None = None) -> Model:
+    """Build the model of a config.json on the meta device: every module, no memory for weights. As `load_config`."""
+    import transformers
+
+    with _config_folder(content, code) as folder:  # code of its own is looked for there once more
+        config = _read_config(folder, code)
+        named = getattr(transformers, (config.architectures or ["none"])[0], None)
+        try:
+            with torch.device("meta"):
+                if code is None and named is not None:
+                    return named._from_config(config)
+                return auto_class(config).from_config(config, trust_remote_code=code is not None)
+        except LOADING_ERRORS as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ShortcutError(f"transformers cannot build this config: {reason}") from None
+
+
+@contextmanager
+def _config_folder(content: Mapping[str, Any], code: Path | None) -> Iterator[Path]:
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(content), encoding="utf-8")
+        for path in code.glob("*.py") if code else ():
+            shutil.copyfile(path, Path(folder) / path.name)
+        yield Path(folder)
+
+
+def _read_config(folder: Path, code: Path | None) -> Any:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=code is not None)
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ShortcutError(f"transformers cannot read this config: {reason}") from None
+
+
+def auto_class(config: Any) -> Any:
+    """The class that loads a checkpoint of this config: what its architecture sees, or else what its family may see."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as WRITING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
+
+    named, family = getattr(config, "auto_map", None) or {}, config.model_type
+    architecture = (config.architectures or [None])[0]
+    by_name = architecture == SEEING.get(family) != WRITING.get(family)
+    seeing = "AutoModelForImageTextToText" in named or by_name or (family in SEEING and family not in WRITING)
+    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint. Raises ShortcutError where the folder has none that transformers reads."""
+    from transformers import AutoTokenizer
+
+    trust_remote_code = trusts(folder, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise ShortcutError(f"no usable tokenizer in {folder}: {' '.join(str(error).split())[:200]}") from None
+
+
+def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """What makes inputs of images and text for a checkpoint. Raises ShortcutError where the folder has none."""
+    from transformers import AutoProcessor
+
+    trust_remote_code = trusts(folder, trust_remote_code=trust_remote_code)
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise ShortcutError(f"no usable processor in {folder}: {' '.join(str(error).split())[:200]}") from None
+    if not hasattr(processor, "tokenizer"):
+        raise ShortcutError(f"the processor in {folder} reads text alone, not images")
+    return processor

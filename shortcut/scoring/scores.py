@@ -1,0 +1,82 @@
+"""All scores of a checkpoint, from a live model and its text."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from shortcut.checkpoint.checkpoint import Checkpoint
+from shortcut.checkpoint.open import identify
+from shortcut.common.processes import own_part
+from shortcut.common.progress import say
+from shortcut.options.groups import Running
+from shortcut.records.actions import Action
+from shortcut.records.scores import Measured, Scores
+
+if TYPE_CHECKING:
+    from shortcut.live.decoder import Batch, Decoder
+    from shortcut.material.pictures import Material
+    from shortcut.scoring.greedy import Removal
+    from shortcut.scoring.metrics import Metric
+
+
+def make_scores(
+    checkpoint: Checkpoint,
+    live: Any,
+    calibration: "Material",
+    metrics: "Sequence[Metric]",
+    how: Running,
+    *,
+    allow: Sequence[Action] = ("drop",),
+    removal: "Removal | None" = None,
+) -> Scores:
+    """Score the blocks of a live model, and halves of them; goes on where an equal run was killed.
+
+    removal: moves that are made one by one as well, by the first metric. Raises ShortcutError as `score_blocks` does.
+    """
+    from shortcut.live.blocks import device_of
+    from shortcut.live.decoder import Decoder
+    from shortcut.scoring.blocks import score_blocks
+    from shortcut.scoring.greedy import remove_greedily
+    from shortcut.scoring.partial_sums import Partials
+
+    device = device_of(live)
+    batches = calibration.batches(how.batch_size, device)
+    settings: dict[str, Any] = {"device": str(device), "dtype": str(live.dtype).removeprefix("torch.")}
+    settings |= {"batch_size": how.batch_size, "average": metrics[0].average}
+    settings |= {"scaled": True} if removal and removal.scaled else {}
+    partials = Partials({**settings, **identify(checkpoint), "calibration": calibration.hash, "part": own_part()})
+    decoder, sizes, total = Decoder.of(live), checkpoint.block_parameters, checkpoint.parameters
+    _check(decoder, checkpoint.name, batches[0], scaled=removal is not None and removal.scaled, quiet=how.quiet)
+    found = score_blocks(decoder, batches, metrics, allow=allow, partials=partials, quiet=how.quiet)
+    halves: Measured = {action: scores for action, scores in found.items() if action != "drop"}
+    goes: dict[Action, tuple[int, ...]] = {action: _sizes(decoder, action, sizes) for action in halves}
+    scores = Scores(
+        checkpoint.base, total, sizes, found.get("drop", {}), calibration.record(), settings, {}, halves, goes
+    )
+    if removal is not None:
+        moves = remove_greedily(
+            decoder, batches, metrics[0], removal, allow=allow, weights=scores.size, partials=partials, quiet=how.quiet
+        )
+        scores = replace(scores, orders={metrics[0].name: tuple(move for move, _ in moves)})
+    partials.forget()
+    return scores
+
+
+def _check(decoder: "Decoder", name: str, batch: "Batch", *, scaled: bool, quiet: bool) -> None:
+    """Say what will be slow. Raise ShortcutError for what cannot be done with this decoder."""
+    if scaled:
+        decoder.check_alone("scaling")
+    if decoder.fault is not None:
+        slow = "the whole model runs for each of them, which is slow"
+        say(f"the blocks of {name} cannot be run one by one ({decoder.fault}): {slow}", quiet=quiet)
+    if batch.visual is not None:
+        decoder.check_images(batch)
+
+
+def _sizes(decoder: "Decoder", action: Action, whole: Sequence[int]) -> tuple[int, ...]:
+    """How many parameters of every block go by an action; of packed weights the share that goes, of those there are."""
+    sizes = []
+    for block, parameters in enumerate(whole):
+        going, all_of_it = (sum(w.numel() for w in decoder.weights(block, each)) for each in (action, "drop"))
+        sizes.append(round(parameters * going / all_of_it))
+    return tuple(sizes)
