@@ -21,10 +21,12 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from shortcut.checking import samples
-from shortcut.material import calibration
+from shortcut.checking import benchmark, samples
+from shortcut.material import calibration, take
 
-samples.SAMPLE_TOKENS = 4  # random models have little to say
+# Random models have little to say, and two models are told apart by little text.
+samples.SAMPLE_TOKENS, benchmark.PROMPT = 4, 16
+take.HELDOUT_SAMPLES["text"] = 4
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 VOCABULARY = 263
 DEPTH = 7

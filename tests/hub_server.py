@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -63,6 +64,26 @@ def serve(repository: str, folder: Path, **others: Path) -> Iterator[Hub]:
         yield hub
     finally:
         server.shutdown()
+
+
+@contextmanager
+def using(hub: Hub, folder: Path) -> Iterator[None]:
+    """Have this process take a server for its Hub, for the length of a `with` block, and cache in a folder."""
+    from huggingface_hub import constants
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "ENDPOINT": hub.url,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(folder / "cache"),
+            "HF_TOKEN_PATH": str(folder / "token"),
+            "HF_HOME": str(folder),
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        }.items():
+            patch.setattr(constants, name, value)
+        patch.setenv("HF_TOKEN", "hf_alice")
+        yield
 
 
 def check_card(card: str) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 
 import shortcut
@@ -101,8 +102,8 @@ def test_python_about_images_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     _, code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     shortcut.cut(EMBEDDED_VISION, "frozen", freeze_visual="8-11", quiet=True)
-    found: dict[str, Any] = {}
-    exec("from transformers import *\n" + code.replace("[30, 31]", "[10, 11]"), found)
+    found: dict[str, Any] = {name: getattr(transformers, name) for name in re.findall(r"\bAuto\w+", code)}
+    exec(code.replace("[30, 31]", "[10, 11]"), found)
     assert found["model"].config.shortv["blocks"] == [10, 11]
 
 

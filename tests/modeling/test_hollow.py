@@ -133,16 +133,12 @@ def test_round_trips(family: str, checkpoint_of: Callable[..., Path], token_ids:
     assert written[0]["generated_text"].startswith("abc")
 
 
-PULL = """
+PUSH_AND_PULL = """
 import torch
 from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained("short", trust_remote_code=True).push_to_hub("org/short")
 model = AutoModelForCausalLM.from_pretrained("org/short", trust_remote_code=True, attn_implementation="eager")
 torch.save(model(torch.arange(4, 24)[None]).logits, sys.argv[1])
-"""
-PUSH = """
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-model.push_to_hub("org/short")
 """
 
 
@@ -151,8 +147,7 @@ def test_pushed_and_pulled(llama: Path, tmp_path: Path) -> None:
     short = hollowed(llama, tmp_path / "short", {**MIXTURES[0], 5: "last-token"})
     (tmp_path / "remote").mkdir()
     with serve("org/short", tmp_path / "remote") as hub:
-        run_fresh(PUSH, "short", folder=tmp_path, hub=hub.url)
-        run_fresh(PULL, "logits.pt", folder=tmp_path, hub=hub.url)
+        run_fresh(PUSH_AND_PULL, "logits.pt", folder=tmp_path, hub=hub.url)
     assert (tmp_path / "remote" / "modeling_hollow.py").exists()
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(short, torch.arange(4, 24)[None]))
 

@@ -12,6 +12,7 @@ import pytest
 
 import shortcut
 from shortcut.material.documents import Source
+from shortcut.material.take import HELDOUT_SAMPLES
 from shortcut.options.groups import Loading
 from shortcut.options.verb import handed_on
 
@@ -27,7 +28,7 @@ CHOSEN_BY, TRIED_ON = Source("data.jsonl", "test", "body"), Source("heldout.json
 TAKEN = {  # source, samples, length, by_document, seed
     "score": [(CHOSEN_BY, 5, 24, True, 6)],
     "sweep": [(CHOSEN_BY, 5, 24, True, 6), (TRIED_ON, 5, 24, True, 6)],
-    "prune": [(TRIED_ON, 16, 24, False, 0), (CHOSEN_BY, 5 + 1, 24, True, 6)],
+    "prune": [(TRIED_ON, HELDOUT_SAMPLES["text"], 24, False, 0), (CHOSEN_BY, 5 + 1, 24, True, 6)],
     "check": [(CHOSEN_BY, 5, 24, True, 6)],
 }
 Spy = Callable[..., list[dict[str, Any]]]

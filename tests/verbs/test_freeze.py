@@ -13,6 +13,7 @@ import shortcut
 from shortcut.checkpoint.open import EMBEDDED_VISION
 from shortcut.cli import main
 from shortcut.common.errors import ShortcutError
+from shortcut.material.take import HELDOUT_SAMPLES
 from shortcut.records.plan import Base, Plan
 from shortcut.surgery.savings import prefill
 from shortcut.verbs import demo
@@ -96,13 +97,10 @@ print(processor.decode(model.generate(**inputs, max_new_tokens=3)[0, inputs["inp
     assert run_fresh(script, drawn.question, folder=frozen.parent).split()[0] == drawn.answer
 
 
-PUSH = """
+PUSH_AND_PULL = """
 from transformers import AutoModelForImageTextToText, AutoProcessor
 for kind in (AutoModelForImageTextToText, AutoProcessor):
     kind.from_pretrained(sys.argv[1], trust_remote_code=True).push_to_hub("org/frozen")
-"""
-PULL = """
-from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("org/frozen", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("org/frozen", trust_remote_code=True)
 blocks = model.model.language_model.layers
@@ -114,8 +112,7 @@ def test_pushed_and_pulled(frozen: Path, tmp_path: Path) -> None:
     """push_to_hub takes code and processor along, and by its id the checkpoint loads with the same blocks frozen."""
     (tmp_path / "remote").mkdir()
     with serve("org/frozen", tmp_path / "remote") as hub:
-        run_fresh(PUSH, frozen, folder=tmp_path, hub=hub.url)
-        printed = run_fresh(PULL, folder=tmp_path, hub=hub.url)
+        printed = run_fresh(PUSH_AND_PULL, frozen, folder=tmp_path, hub=hub.url)
     assert (tmp_path / "remote" / "modeling_shortv.py").exists()
     blocks = json.loads((frozen / "config.json").read_text())["shortv"]["blocks"]
     assert printed.strip() == f"LlavaProcessor {blocks}"
@@ -190,7 +187,7 @@ def test_text_blocks_are_chosen_with_images(tmp_path: Path) -> None:
         EMBEDDED_VISION, tmp_path / "out", count=1, metric="kl", data="drawings", heldout="drawings", **FEW
     )
     assert report.check.answers is not None
-    assert report.check.answers.questions == 16
+    assert report.check.answers.questions == HELDOUT_SAMPLES["text"]
     assert report.scores is not None
     assert report.scores.calibration["data"] == "drawings"
 

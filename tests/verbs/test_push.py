@@ -22,7 +22,7 @@ from shortcut.modeling import editions
 from shortcut.publish.card import PLACEHOLDER, complete_card
 from shortcut.publish.results import read_evaluation
 from tests.fresh import run_fresh
-from tests.hub_server import SHA, Hub, check_card, serve
+from tests.hub_server import SHA, Hub, check_card, serve, using
 from tests.verbs.test_eval import PIQA, ROLLING, task_of
 
 FEW: dict[str, Any] = {"samples": 2, "length": 32, "quiet": True}
@@ -46,18 +46,7 @@ def world(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("push")
     base = shutil.copytree(checkpoint_of("llama", sharded=True), folder / "hub" / "tiny")
     (base / "README.md").write_text(BASE_CARD)
-    with serve("org/tiny", base) as hub, pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "ENDPOINT": hub.url,
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_CACHE": str(folder / "cache"),
-            "HF_TOKEN_PATH": str(folder / "token"),
-            "HF_HOME": str(folder),
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-        }.items():
-            patch.setattr(constants, name, value)
-        patch.setenv("HF_TOKEN", "hf_alice")
+    with serve("org/tiny", base) as hub, using(hub, folder):
         shortcut.prune("org/tiny", folder / "short", count=2, samples=2, length=32, quiet=True)
         yield hub, folder / "short"
 
