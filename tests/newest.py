@@ -15,7 +15,7 @@ from tests.test_lock import LOCK, pins_of
 
 NAMED = ("transformers", "torch", "huggingface_hub", "accelerate", "datasets", "numpy", "peft", "gradio")
 SHOWN = 4  # failed tests in the line
-QUICK = ["--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not slow"]
+TESTS = ["--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not slow"]
 
 
 def outcome(code: int, output: str) -> str:
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         print(f"newest: passed, as nothing is newer than what `make test` runs with ({releases()})")
         return 0
     print(f"newer than the lock: {', '.join(found) or 'nothing'}", flush=True)
-    command = [sys.executable, "-m", "pytest", *QUICK, *arguments]
+    command = [sys.executable, "-m", "pytest", *TESTS, *arguments]
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         for line in running.stdout or ():

@@ -99,6 +99,7 @@ def test_a_probe_that_breaks_off() -> None:
         read_results(made, NEW, line, "")
 
 
+@pytest.mark.thorough
 def test_the_probe_on_the_installed_release(tmp_path: Path) -> None:
     """Loaded without shortcut, the answers are the noted ones; with a changed weight they are not."""
     made = [*write_all(tmp_path, "drop-llama"), *write_all(tmp_path, "last-token-llama")]

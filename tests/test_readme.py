@@ -32,6 +32,7 @@ def test_commands_parse(line: str) -> None:
     assert callable(_parse(shlex.split(line)))
 
 
+@pytest.mark.thorough
 def test_the_table_of_commands_runs(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row by row, each on what those before it wrote, with small models, counts and texts in place of those named.
 
@@ -97,6 +98,7 @@ def test_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "s" / "config.json").exists()
 
 
+@pytest.mark.thorough
 def test_python_about_images_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So does that about images, on the small model of the package with blocks frozen."""
     monkeypatch.chdir(tmp_path)

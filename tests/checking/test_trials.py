@@ -62,6 +62,7 @@ def test_the_best_rule_is_carried_out(llama: Path, tmp_path: Path) -> None:
     assert (tmp_path / "short" / "config.json").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("family", "bos", "seed", "count"), [("llama", False, 0, 2), ("llama", False, 3, 3), ("gemma3_text", True, 1, 2)]
 )

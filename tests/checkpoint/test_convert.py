@@ -138,6 +138,7 @@ def test_a_missing_pickle_is_named(llama: Path, tmp_path: Path) -> None:
         open_model(base, quiet=True)
 
 
+@pytest.mark.thorough
 def test_pickled_weights_on_the_hub(llama: Path, tmp_path: Path) -> None:
     """A model on the Hub that has no safetensors is fetched whole and converted."""
     base = pickle_weights(llama, tmp_path / "base")

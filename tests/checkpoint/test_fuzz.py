@@ -4,6 +4,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.thorough
+
 
 def test_hostile_checkpoints_are_refused_or_cut_rightly() -> None:
     """A few seconds of spoilt checkpoints, in a process without torch: refused in one line, or cut byte for byte."""

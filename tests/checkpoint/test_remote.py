@@ -15,6 +15,8 @@ from shortcut.checkpoint.checkpoint import read_checkpoint
 from shortcut.checkpoint.remote import merge, subtract
 from tests.hub_server import SHA, Hub, serve
 
+pytestmark = pytest.mark.thorough
+
 RANGES = st.lists(
     st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda pair: (min(pair), max(pair))), max_size=8
 )

@@ -29,6 +29,8 @@ from tests.live.test_offload import open_on_disk
 from tests.reference import blocks_of, greedy
 from tests.scoring.test_halves import carried_out
 
+pytestmark = pytest.mark.thorough
+
 TEXT: dict[str, Any] = {"samples": 8, "length": 32, "questions": "none", "quiet": True}
 MLP = {"gpt2": "mlp.c_proj", "gpt_neox": "mlp.dense_4h_to_h", "opt": "fc2", "phi": "mlp.fc2"}
 ATTENTION = {

@@ -67,6 +67,7 @@ def assert_same(found: Tensor, expected: Tensor, adapter: Adapter) -> None:
         torch.testing.assert_close(mine, other.to(mine), rtol=1e-3, atol=1e-5 * float(other.abs().max()))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_of_next_tokens(family: str, recompute: bool, checkpoint_of: Callable[..., Path]) -> None:

@@ -19,6 +19,8 @@ from tests.verbs.test_heal import TEXT
 from tests.verbs.test_heal import base as base
 from tests.verbs.test_heal import short as short
 
+pytestmark = pytest.mark.thorough
+
 HOW: dict[str, Any] = {"seed": 3, "quiet": True}
 
 

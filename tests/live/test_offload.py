@@ -24,6 +24,8 @@ from tests.conftest import DEPTH
 from tests.reference import scores_of
 from tests.verbs.test_score import ALL, sequences_of
 
+pytestmark = pytest.mark.thorough
+
 LOADING = Loading(device="cpu", dtype="float32")
 
 

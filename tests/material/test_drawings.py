@@ -10,6 +10,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from shortcut.material.drawings import CELLS, COLOURS, EVALUATION, KINDS, SHAPES, TRAINING, WORDS, draw
 
+pytestmark = pytest.mark.thorough
+
 MODEL = files("shortcut") / "data" / "tiny-llava"
 DRAWN = draw(110, 1)
 

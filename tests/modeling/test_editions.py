@@ -378,6 +378,7 @@ def test_releases_that_lack_something(was: str, now: str, message: str, llama: P
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.thorough
 def test_older_releases_are_refused_by_name(llama: Path, tmp_path: Path) -> None:
     """A release before the oldest that will do gets one line, whatever else it lacks."""
     shortcut.cut(llama, tmp_path / "short", **LAST, quiet=True)

@@ -28,6 +28,8 @@ from tests.reference import greedy, logits
 from tests.scoring.test_halves import carried_out
 from tests.surgery.test_quantised import METHODS, SIZES
 
+pytestmark = pytest.mark.thorough
+
 MIXTURES: list[dict[int, Action]] = [
     {0: "mlp-only", 1: "drop", 3: "attention-only", 4: "mlp-only"},
     {2: "attention-only", 6: "mlp-only"},

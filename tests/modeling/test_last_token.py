@@ -21,6 +21,8 @@ from tests.conftest import DEPTH, FAMILIES, VOCABULARY
 from tests.modeling.test_hollow import hollowed
 from tests.reference import blocks_of, cached, greedy, logits
 
+pytestmark = pytest.mark.thorough
+
 LAST = {2: "last-token", 5: "last-token"}
 
 

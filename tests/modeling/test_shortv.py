@@ -21,6 +21,8 @@ from tests.reference import blocks_of, cached, with_cache
 from tests.sweep.tiny import VOCABULARY, tiny_model
 from tests.vision import DEPTH, FAMILIES, IMAGE, WORDS, Segments, as_videos, image_id, make_inputs, visual_ids
 
+pytestmark = pytest.mark.thorough
+
 FROZEN = (0, 2, 3, 5)
 PLAN = Plan.of(Base("", None, DEPTH), dict.fromkeys(FROZEN, "freeze-visual"))
 TWO_FAMILIES = ("llava", "qwen2_vl")  # where whatever does not hang on the family is tried

@@ -15,6 +15,8 @@ from tests.fresh import run_fresh
 from tests.modeling.test_shortv import ONE, THREE, TWO_FAMILIES, load, logits, restored
 from tests.vision import DEPTH, FAMILIES, image_id, make_inputs
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.mark.parametrize("name", TWO_FAMILIES)
 def test_gradients(name: str, frozen: Callable[..., Any]) -> None:

@@ -52,6 +52,7 @@ def test_a_preset_is_its_options(name: str, llama: Path) -> None:
     assert plan.why.items() >= {"preset": name, **of(name, "plan")}.items()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["shortened-llama", "short-transformers", "sleb"])
 def test_prune_by_preset(name: str, llama: Path, tmp_path: Path) -> None:
     """prune by a preset drops what its options drop, on its own text where the row has figures for it."""

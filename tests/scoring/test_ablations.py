@@ -26,6 +26,8 @@ from tests.reference import blocks_of, bypassed, logits, scores_of
 from tests.sweep.tiny import tiny_model
 from tests.verbs.test_score import sequences_of
 
+pytestmark = pytest.mark.thorough
+
 OF_LOGITS = [metric for metric in METRICS.values() if metric.needs == "logits"]
 OF_WEIGHTS = [metric for metric in METRICS.values() if metric.needs in ("gradients", "weights")]
 

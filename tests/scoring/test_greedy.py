@@ -22,6 +22,8 @@ from tests.conftest import DEPTH
 from tests.reference import blocks_of, bypassed, cosine, logits, mean_over_tokens, scores_of, states_around_blocks
 from tests.verbs.test_score import sequences_of
 
+pytestmark = pytest.mark.thorough
+
 
 def plain_perplexity(model: Any, rows: Sequence[torch.Tensor], missing: Sequence[int]) -> float:
     """Of the model without these blocks, by one forward pass for every sequence."""

@@ -26,6 +26,8 @@ from tests.scoring.test_greedy import plain_perplexity
 from tests.sweep.tiny import tiny_model
 from tests.verbs.test_score import sequences_of
 
+pytestmark = pytest.mark.thorough
+
 # The last module of each branch, whose output is added to the stream; by hand.
 LAST = {
     **dict.fromkeys(FAMILIES, ("self_attn", "mlp")),

@@ -18,6 +18,8 @@ from shortcut.scoring.metrics import METRICS, Metric
 from shortcut.scoring.partial_sums import Partial, Partials
 from shortcut.scoring.walk import run_together
 
+pytestmark = pytest.mark.thorough
+
 TEXT: dict[str, Any] = {"samples": 6, "length": 24, "batch_size": 1, "quiet": True}
 
 

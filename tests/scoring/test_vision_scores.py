@@ -17,6 +17,8 @@ from shortcut.scoring.metrics import METRICS
 from tests.reference import blocks_of
 from tests.vision import FAMILIES, IMAGE, image_id, make_inputs, make_vision_model
 
+pytestmark = pytest.mark.thorough
+
 ROWS = [[3, IMAGE, 4], [2, IMAGE, 3, IMAGE, 5], [IMAGE, 2]]
 
 

@@ -41,6 +41,7 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("drop", CASES)
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -27,6 +27,8 @@ from tests.modeling.test_hollow import FRESH, hollowed
 from tests.reference import greedy, logits
 from tests.scoring.test_halves import carried_out
 
+pytestmark = pytest.mark.thorough
+
 SIZES: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 256}
 LLAMA3 = {
     "rope_type": "llama3",

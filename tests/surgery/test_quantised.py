@@ -88,6 +88,7 @@ METHODS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("method", METHODS)
 def test_quantised_checkpoints_are_cut_exactly(

@@ -34,6 +34,7 @@ def operations(model: Any, plan: Plan, ids: torch.Tensor) -> tuple[int, int, int
     return prompt.get_total_flops(), step.get_total_flops(), held // ids.shape[1]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "opt", "phi"])
 def test_savings_are_what_counters_say(
     family: str, checkpoint_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

@@ -26,6 +26,8 @@ from shortcut.material.calibration import make_batches, make_calibration
 from shortcut.material.documents import Source
 from shortcut.options.presets import SUITES
 
+pytestmark = pytest.mark.thorough
+
 QUESTIONS = Path(shortcut.__file__).with_name("data") / "questions.jsonl"
 PROSE = QUESTIONS.with_name("heldout.txt").read_text(encoding="utf-8")
 PIQA = {

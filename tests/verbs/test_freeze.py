@@ -23,6 +23,8 @@ from tests.fresh import run_fresh
 from tests.hub_server import serve
 from tests.vision import FAMILIES, IMAGE, make_inputs, make_vision_model
 
+pytestmark = pytest.mark.thorough
+
 FEW: dict[str, Any] = {"samples": 8, "batch_size": 4, "quiet": True}
 
 

@@ -31,6 +31,8 @@ from tests.conftest import make_tokenizer
 from tests.publish.test_report import read_page
 from tests.surgery.test_faults import small_disk as small_disk
 
+pytestmark = pytest.mark.thorough
+
 TEXT: dict[str, Any] = {
     "samples": 20,
     "length": 24,

@@ -25,6 +25,8 @@ from tests.fresh import run_fresh
 from tests.hub_server import SHA, Hub, check_card, serve, using
 from tests.verbs.test_eval import PIQA, ROLLING, task_of
 
+pytestmark = pytest.mark.thorough
+
 FEW: dict[str, Any] = {"samples": 2, "length": 32, "quiet": True}
 ALICE = {"name": "alice", "orgs": [{"name": "org"}], "auth": {"accessToken": {"role": "write"}}}
 BASE_CARD = """\

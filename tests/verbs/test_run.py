@@ -273,6 +273,7 @@ def test_dropped_blocks_take_their_operations_along(tmp_path: Path) -> None:
     assert shortcut.run(recipe).found == {**blocks, "flops": share}
 
 
+@pytest.mark.thorough
 def test_the_small_recipe_comes_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -286,6 +287,7 @@ def test_the_small_recipe_comes_out(
     assert config["shortv"]["blocks"] == list(range(3, 12))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name",
     [

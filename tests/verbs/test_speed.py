@@ -177,6 +177,7 @@ def test_a_preset_is_its_options(llama: Path, calls: list[tuple[str, int]]) -> N
     assert "ratio" not in str(found)
 
 
+@pytest.mark.thorough
 def test_memory_of_a_process_of_its_own(short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its weights and some more are resident, code of its own included; the document on the disk is the one printed."""
     words = [
