@@ -1,4 +1,4 @@
-"""Runs the quick tests with whatever releases are installed; the last line says which, and whether they passed.
+"""Runs the tests without real weights, with what is installed; the last line says with what, and how it went.
 
 Where all of them are those of the lock, with which `make test` runs, there is nothing to run.
 """

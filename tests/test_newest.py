@@ -1,4 +1,4 @@
-"""`make newest` says in its last line what became of the quick tests, for a log of which nobody reads more."""
+"""`make newest` says in its last line what became of the tests, for a log of which nobody reads more."""
 
 import re
 

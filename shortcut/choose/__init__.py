@@ -1,0 +1,1 @@
+"""Which blocks go: rules over scores, and the plans that they make."""

@@ -1,0 +1,1 @@
+"""What families of models are like: where their blocks are, which fields follow them, what they can lose."""

@@ -1,6 +1,6 @@
 """Which families are cut exactly: the table that the sweep over all families of transformers wrote.
 
-`python -m tests.sweep --table` makes it: a tiny random model of every family is cut in three ways and compared with
+`make sweep` makes it: a tiny random model of every family is cut in three ways and compared with
 itself, its blocks bypassed.
 """
 

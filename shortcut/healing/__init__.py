@@ -1,0 +1,1 @@
+"""What shortening cost, won back: by linear maps, by numbers, by training."""

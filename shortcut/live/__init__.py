@@ -1,0 +1,1 @@
+"""A model in memory: loaded, taken apart into blocks, or left on the disk in part."""

@@ -1,4 +1,4 @@
-"""A live model: loading it so that nothing is silently random, finding its blocks, standing in for their forward."""
+"""Loading a model with its tokenizer or processor, so that nothing is silently random."""
 
 import json
 import os

@@ -1,0 +1,1 @@
+"""What models are run on: text, images, questions."""

@@ -1,0 +1,1 @@
+"""The modeling files that go into checkpoints, and how they are put together."""

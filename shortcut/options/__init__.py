@@ -1,0 +1,1 @@
+"""Every option, said once; and what is made of it."""

@@ -1,0 +1,1 @@
+"""Plain data that stations hand on: actions, plans, scores."""

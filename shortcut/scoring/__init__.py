@@ -1,0 +1,1 @@
+"""How important blocks are: the walk through a model, and the metrics."""

@@ -1,0 +1,1 @@
+"""Conversations with live models, in a terminal and on a page."""
