@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ def load(folder: Path, attention: str = "sdpa", **how: Any) -> Any:
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
+
+
+loaded = cache(load)  # for tests that leave a model as it was
 
 
 @contextmanager
@@ -82,7 +86,7 @@ def test_frozen_blocks_are_as_defined(name: str, attention: str, frozen: Callabl
 
     On disk and live, in a prompt and in what is written after it.
     """
-    family, (base, short) = FAMILIES[name], (load(folder, attention) for folder in frozen(name))
+    family, (base, short) = FAMILIES[name], (loaded(folder, attention) for folder in frozen(name))
     assert list(visual_tokens(base.config.to_dict())) == short.config.shortv["token_ids"] == sorted(visual_ids(base))
     for rows, side in ((ONE, "left"), (ALIKE, "left"), (THREE, "right"), (THREE, "left")):
         inputs = make_inputs(base, family, rows, side=side)
@@ -102,7 +106,7 @@ def test_frozen_blocks_are_as_defined(name: str, attention: str, frozen: Callabl
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_videos_are_frozen(name: str, frozen: Callable[..., Any]) -> None:
     """Videos are images as well."""
-    base, short = map(load, frozen(name))
+    base, short = map(loaded, frozen(name))
     inputs = as_videos(base, make_inputs(base, FAMILIES[name], THREE))
     with restored(base):
         expected, written = logits(base, inputs), base.generate(**inputs, **GREEDY)
@@ -114,7 +118,7 @@ def test_videos_are_frozen(name: str, frozen: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_text_alone_is_dense(name: str, frozen: Callable[..., Any]) -> None:
     """Without an image the checkpoint is its base, to the bit."""
-    base, short = map(load, frozen(name))
+    base, short = map(loaded, frozen(name))
     for rows in ([[9]], [[9], [4]]):
         inputs = make_inputs(base, FAMILIES[name], rows)
         torch.testing.assert_close(logits(short, inputs), logits(base, inputs), rtol=0, atol=0)
@@ -123,7 +127,7 @@ def test_text_alone_is_dense(name: str, frozen: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_a_mask(name: str, frozen: Callable[..., Any]) -> None:
     """Blocks are given no mask where nothing is padded and every token sees those in front of it, or all."""
-    base, short = map(load, frozen(name))
+    base, short = map(loaded, frozen(name))
     inputs = make_inputs(base, FAMILIES[name], ONE)
     inputs.pop("token_type_ids", None)
     for drop in ((), ("attention_mask",)):
@@ -137,7 +141,7 @@ def test_without_a_mask(name: str, frozen: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_embeddings_in_place_of_ids(name: str, frozen: Callable[..., Any]) -> None:
     """The tokens of images are told by their embeddings, in families that tell them so themselves."""
-    base, short = map(load, frozen(name))
+    base, short = map(loaded, frozen(name))
     inputs = make_inputs(base, FAMILIES[name], THREE)
     ids = inputs.pop("input_ids")
     if image_id(base) >= base.get_input_embeddings().num_embeddings:
@@ -152,7 +156,7 @@ def test_embeddings_in_place_of_ids(name: str, frozen: Callable[..., Any]) -> No
 @pytest.mark.parametrize("name", [*TWO_FAMILIES, "qwen3_vl", "gemma3"])
 def test_a_second_turn(name: str, frozen: Callable[..., Any]) -> None:
     """A second image, in a prompt that comes after a filled cache."""
-    family, (base, short) = FAMILIES[name], map(load, frozen(name))
+    family, (base, short) = FAMILIES[name], map(loaded, frozen(name))
     first, second = (make_inputs(base, family, ONE, seed=seed) for seed in (3, 4))
     del second["attention_mask"]
     found = []
@@ -166,7 +170,7 @@ def test_a_second_turn(name: str, frozen: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("name", ["llava", "llava_next", "internvl"])
 def test_a_conversation_goes_on(name: str, frozen: Callable[..., Any]) -> None:
     """`generate` with the whole conversation and a cache of its first turn reads the second image alone."""
-    base, short = map(load, frozen(name))
+    base, short = map(loaded, frozen(name))
     first, second = (make_inputs(base, FAMILIES[name], ONE, seed=seed) for seed in (3, 4))
     both = {key: torch.cat([first[key], second[key]], dim=1) for key in ("input_ids", "attention_mask")}
     written = []
@@ -185,7 +189,7 @@ OTHERWISE = [(STATIC, THREE), (STATIC, ONE), ({"num_beams": 3}, THREE), ({"use_c
 @pytest.mark.parametrize("name", [*TWO_FAMILIES, "gemma3"])
 def test_other_ways_to_write(name: str, how: Any, rows: list[Segments], frozen: Callable[..., Any]) -> None:
     """A static cache, whose room for what will be written no token may see; beam search; no cache at all."""
-    base, short = map(load, frozen(name))
+    base, short = map(loaded, frozen(name))
     inputs = make_inputs(base, FAMILIES[name], rows)
     with restored(base):
         expected = base.generate(**inputs, **GREEDY, **how)
