@@ -25,7 +25,8 @@ from shortcut.checking import benchmark, samples
 from shortcut.material import calibration, take
 
 # Random models have little to say, and two models are told apart by little text.
-samples.SAMPLE_TOKENS, benchmark.PROMPT, benchmark.RUNS = 4, 16, 1
+samples.SAMPLE_TOKENS = 4
+benchmark.PROMPT, benchmark.NEW_TOKENS, benchmark.RUNS = 16, 4, 1
 take.HELDOUT_SAMPLES["text"] = 4
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 VOCABULARY = 263

