@@ -6,8 +6,6 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from shortcut.checkpoint.stage import check_file
 from shortcut.common.errors import ShortcutError
 from shortcut.records.actions import FREEZING, GONE, Action
@@ -65,10 +63,10 @@ def draw_trials(trials: "Trials", path: Path) -> None:
     for trial in trials.trials:
         lines.setdefault(" ".join(filter(None, (trial.select, trial.metric))), []).append(trial)
     for place, (label, line) in enumerate(lines.items()):
-        sizes = [trials.parameters, *(trial.parameters for trial in line)]
+        sizes = [size / 1e6 for size in (trials.parameters, *(trial.parameters for trial in line))]
         values = [trials.perplexity, *(trial.perplexity for trial in line)]
         color, marker = LINES[place % len(LINES)], "osD^v<>P"[place // len(LINES) % 8]
-        axes.plot(np.array(sizes) / 1e6, values, color=color, marker=marker, markersize=4, linewidth=1.4, label=label)
+        axes.plot(sizes, values, color=color, marker=marker, markersize=4, linewidth=1.4, label=label)
     values = [trials.perplexity, *(trial.perplexity for trial in trials.trials)]
     highest, lowest = max(values), min(values)
     top = min(highest, RUINED * trials.perplexity)
@@ -164,10 +162,12 @@ def _describe(scores: Scores) -> str:
 
 
 def _draw_bars(axes: "Axes", scores: Scores, name: str, action: Action, gone: set[int]) -> None:
+    import numpy as np
     from matplotlib.ticker import LogLocator
 
-    values = np.array(scores.of_blocks(name, action))
     from shortcut.scoring.metrics import METRICS
+
+    values = np.array(scores.of_blocks(name, action))
 
     label = f"score: {METRICS[name].formula}" if name in METRICS else "score"
     positive = values[values > 0]
@@ -194,6 +194,7 @@ def _draw_bars(axes: "Axes", scores: Scores, name: str, action: Action, gone: se
 
 
 def _draw_map(axes: "Axes", scores: Scores, name: str, dropped: set[int]) -> None:
+    import numpy as np
     from matplotlib.colors import PowerNorm
 
     depth = scores.base.blocks
