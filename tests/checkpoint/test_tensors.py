@@ -96,28 +96,34 @@ def test_a_source_that_shrinks(tmp_path):
         write_file(tmp_path / "out", [("a", tensors[0])], {})
 
 
-TWICE = '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+NOT_VALID, IMPROPER, GAP = (
+    "its header is not valid",
+    "'a' lacks a proper dtype, shape and data_offsets",
+    "gap or overlap",
+)
 HOSTILE = {
-    "not JSON": (b"\x00" * 8, b"", "invalid JSON"),
-    "not UTF-8": (b'{"\xff": 1}', b"", "invalid UTF-8"),
-    "not an object": ("[]", b"", "invalid JSON"),
-    "nested": ('{"a":' * 100_000 + "1" + "}" * 100_000, b"", "recursion limit"),
-    "huge number": ('{"a":{"dtype":"U8","shape":[' + "9" * 5000 + '],"data_offsets":[0,1]}}', b"1", "out of range"),
-    "twice": (TWICE, b"1", "a name appears twice"),
-    "half a character": ('{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"1", "hex escape"),
-    "half a character in metadata": ('{"__metadata__":{"a":"\\ud800"}}', b"", "hex escape"),
-    "minus zero": ('{"a":{"dtype":"U8","shape":[1],"data_offsets":[-0,1]}}', b"1", "expected usize"),
-    "metadata of numbers": ({"__metadata__": {"a": 1}}, b"", "expected a string"),
-    "negative offset": ({"a": entry([2], -1, 1)}, b"1", "expected usize"),
-    "boolean": ({"a": entry([True], 0, 1)}, b"1", "expected usize"),
-    "unknown type": ({"a": entry([1], 0, 1, "F7")}, b"1", "unknown variant `F7`"),
-    "wrong shape": ({"a": entry([2, 2], 0, 3)}, b"123", "invalid shape, data type, or offset"),
-    "reversed": ({"a": entry([1], 1, 0)}, b"1", "invalid offset for tensor `a`"),
-    "overflow": ({"a": entry([1 << 62, 1 << 62, 0], 0, 0)}, b"", "overflow"),
-    "many dimensions": ({"a": entry([1 << 62] * 2000, 0, 1)}, b"1", "overflow"),
-    "overlap": ({"a": entry([2], 0, 2), "b": entry([2], 1, 3)}, b"123", "invalid offset for tensor `b`"),
-    "hole at the front": ({"a\nb": entry([1], 1, 2)}, b"12", "invalid offset for tensor"),
-    "trailing bytes": ({"a": entry([1], 0, 1)}, b"12", "not fully covered"),
+    "not JSON": (b"\x00" * 8, b"", NOT_VALID),
+    "not UTF-8": (b'{"\xff": 1}', b"", NOT_VALID),
+    "not an object": ("[]", b"", "its header is not a JSON object"),
+    "nested": ('{"a":' * 100_000 + "1" + "}" * 100_000, b"", NOT_VALID),
+    "huge number": ('{"a":{"dtype":"U8","shape":[' + "9" * 5000 + '],"data_offsets":[0,1]}}', b"1", NOT_VALID),
+    "twice": ('{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":1}', b"1", NOT_VALID),
+    "half a character": ('{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"1", "is damaged"),
+    "half a character in metadata": ('{"__metadata__":{"a":"\\ud800"}}', b"", "is damaged"),
+    "minus zero": ('{"a":{"dtype":"U8","shape":[1],"data_offsets":[-0,1]}}', b"1", "is damaged"),
+    "metadata of numbers": ({"__metadata__": {"a": 1}}, b"", "its __metadata__ is not a map of text to text"),
+    "more than an entry": ({"a": {**entry([1], 0, 1), "more": 1}}, b"1", IMPROPER),
+    "negative offset": ({"a": entry([2], -1, 1)}, b"1", IMPROPER),
+    "boolean": ({"a": entry([True], 0, 1)}, b"1", IMPROPER),
+    "beyond 63 bits": ({"a": entry([1 << 63, 0], 0, 0)}, b"", IMPROPER),
+    "unknown type": ({"a": entry([1], 0, 1, "F7")}, b"1", "tensor .a. is of the unknown type .F7."),
+    "wrong shape": ({"a": entry([2, 2], 0, 3)}, b"123", r"'a', U8 \[2, 2\], does not fit its bytes \[0, 3\]"),
+    "reversed": ({"a": entry([1], 1, 0)}, b"1", "does not fit its bytes"),
+    "overflow": ({"a": entry([1 << 62, 1 << 62, 0], 0, 0)}, b"", "does not fit its bytes"),
+    "many dimensions": ({"a": entry([1 << 62] * 2000, 0, 1)}, b"1", "does not fit its bytes"),
+    "overlap": ({"a": entry([2], 0, 2), "b": entry([2], 1, 3)}, b"123", GAP),
+    "hole at the front": ({"a\nb": entry([1], 1, 2)}, b"12", GAP),
+    "trailing bytes": ({"a": entry([1], 0, 1)}, b"12", "its header speaks of .* bytes and the file has"),
 }
 
 
@@ -140,7 +146,7 @@ def test_headers_that_do_not_fit(tmp_path, length, size):
     path.write_bytes(length.to_bytes(8, "little")[:size])
     with path.open("r+b") as file:
         file.truncate(size)
-    with pytest.raises(ShortcutError, match="is damaged: (header too (small|large)|invalid header length)"):
+    with pytest.raises(ShortcutError, match=f"its header does not fit into its {size} bytes"):
         read_header(path)
 
 

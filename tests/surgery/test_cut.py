@@ -223,7 +223,7 @@ def test_a_damaged_base_is_refused(checkpoint_of: Callable[..., Path], tmp_path:
     """A missing shard, a truncated one, and an index that disagrees each stop with one line, and nothing is written."""
     for damage, message in {
         "missing": "model-00002-of-.* is missing",
-        "truncated": "is damaged: incomplete metadata, file not fully covered",
+        "truncated": "is damaged: its header speaks of",
         "index": "and the shards disagree about 'lm_head.weight'",
         "traversal": "which is no safetensors file of its own folder",
     }.items():
