@@ -11,10 +11,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hub library is imported: no tes
 os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 import transformers
@@ -113,14 +114,22 @@ def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def make_model(family: str, **changes: Any) -> Any:
-    """A random model of a family, in float32, whose every block turns its input by a good deal."""
+    """A random model of a family, in float32, whose every block turns its input by a good deal; any like Llama, too."""
     torch.manual_seed(11)
-    config = transformers.AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    config = transformers.AutoConfig.for_model(family, **{**FAMILIES.get(family, _LLAMA), **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.5))
     return model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept for the next time is not kept beyond a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

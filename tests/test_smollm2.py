@@ -30,6 +30,7 @@ from shortcut.material.calibration import make_batches, make_calibration
 from shortcut.material.documents import Source
 from shortcut.records.plan import Base, Plan
 from shortcut.scoring.metrics import METRICS
+from shortcut.verbs.demo import HEALING
 from tests.reference import angle, bypassed, cosine, greedy, logits, mean_over_tokens, scores_of, states_around_blocks
 
 pytestmark = [
@@ -102,14 +103,15 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     """The demo prints scores, blocks, sizes, speeds, finite perplexities, and two lines of Python that work."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("shortcut.verbs.demo.prune", partial(shortcut.prune, samples=4, length=64))
+    monkeypatch.setitem(HEALING, "samples", 8)
     monkeypatch.setattr(speed, "measure_speed", partial(speed.measure_speed, prompt=32, new_tokens=4))
     assert main(["demo", "--quiet"]) == 0
     printed = capsys.readouterr().out
     rows = {line.split("  ")[0].strip(): line.split() for line in printed.splitlines() if line}
-    assert [rows["blocks"][1:], rows["bytes"][1:]] == [["30", "24"], ["269", "MB", "227", "MB"]]
+    assert [rows["blocks"][1:], rows["bytes"][1:]] == [["30", "24", "24"], ["269", "MB", "227", "MB", "227", "MB"]]
     assert len(rows["dropped"][1].split(",")) <= 6
-    before, after = map(float, rows["perplexity"][1:])
-    assert 1 < before < after < 1000
+    before, after, healed = map(float, rows["perplexity"][1:])
+    assert 1 < before < healed < after < 1000
     for name in ("prompt tokens/s", "new tokens/s"):
         assert all(float(number) > 0 for number in rows[name][2:])
     assert [line for line in printed.splitlines() if line][:2][0].split() == ["block", "block-influence", "angular"]
@@ -221,16 +223,18 @@ assert not {"torch", "transformers", "datasets"} & set(sys.modules)
     assert json.loads((tmp_path / "short" / "config.json").read_text())["num_hidden_layers"] == 23
 
 
-def test_folding_wins_back_perplexity(base: Path, tmp_path: Path) -> None:
+def test_refitting_wins_back_perplexity(base: Path, tmp_path: Path) -> None:
     """7 of 30 blocks: on prose that neither fitted nor decided anything, the healed model is far better."""
     text: dict[str, Any] = {"samples": 16, "length": 96, "quiet": True}
     shortcut.cut(base, tmp_path / "short", drop="12-18", quiet=True)
-    report = shortcut.heal(tmp_path / "short", tmp_path / "out", questions="none", **text)
+    report = shortcut.heal(tmp_path / "short", tmp_path / "out", own=0, **text)
     assert report.check.perplexity_base is not None
     assert report.check.perplexity is not None
     assert report.cut.perplexity is not None
     assert report.check.perplexity_base < report.check.perplexity < 0.9 * report.cut.perplexity
-    assert report.check.healed == ("model.layers.11.mlp.down_proj.weight",)
+    assert {f"model.layers.11.{name}.weight" for name in ("self_attn.o_proj", "mlp.down_proj")} <= set(
+        report.check.healed
+    )
     assert report.check.logit_difference is not None
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.num_hidden_layers == 23

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,17 +76,27 @@ class Trials:
 
 
 def try_plans(
-    model: Model, scores: Scores, plans: Sequence[Plan], text: Material, batch_size: int, *, quiet: bool = True
+    model: Model,
+    scores: Scores,
+    plans: Sequence[Plan],
+    text: Material,
+    batch_size: int,
+    *,
+    price: Callable[[Plan], float] | None = None,
+    quiet: bool = True,
 ) -> Trials:
     """Measure the perplexity of a live model as it is, and under each of these plans; equal plans are tried once.
 
-    scores: of this model, by which the plans were made.
+    scores: of this model, by which the plans were made; price: the perplexity on this text where plans are more than
+    blocks that go, as when the rest is healed.
     """
     batches = text.batches(batch_size, device_of(model))
     whole = Plan.dropping(scores.base, ())
     known: dict[tuple[Action, ...], float] = {}
     for plan in track((whole, *plans), "trying plans", quiet=quiet):
-        if plan.actions not in known:
+        if plan.actions not in known and price is not None:
+            known[plan.actions] = price(plan)
+        elif plan.actions not in known:
             with preview(model, plan):
                 known[plan.actions] = perplexity(model, batches)
     trials = tuple(
@@ -100,4 +110,5 @@ def try_plans(
         )
         for plan in plans
     )
-    return Trials(scores.base.model, text.described, scores.parameters, known[whole.actions], trials)
+    described = text.described + (", every plan as it is once refitted" if price is not None else "")
+    return Trials(scores.base.model, described, scores.parameters, known[whole.actions], trials)

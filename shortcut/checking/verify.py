@@ -5,6 +5,7 @@ against the base with its dropped blocks bypassed, and its frozen tokens put bac
 The last is independent of how the files were cut, and of the modeling file.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -118,14 +119,14 @@ def check_checkpoint(
     compared = None if base is None else compare_tensors(short, *base, healed)
     model = load_model(short.folder, how)
     batches = heldout.batches(how.batch_size, model.device)
-    after = _measure(model, heldout, batches, how, "shortened")
+    after = _measure(model, short, heldout, batches, how)
     written = {"healed" if healed else "shortened": _write(model, short.folder, after, how) if samples else []}
     logits = logits_of(model, first_tokens(batches))
     del model
     difference, before = None, None
     if base is not None:
         original = load_model(base[0].folder, how)
-        before = _measure(original, heldout, batches, how, "base")
+        before = _measure(original, base[0], heldout, batches, how)
         written = {"base": _write(original, base[0].folder, before, how) if samples else [], **written}
         put_healed(original, short, base[1], healed)
         difference = compare_logits(logits, original, base[1], first_tokens(batches))
@@ -145,11 +146,19 @@ def check_checkpoint(
     )
 
 
-def _measure(model: Model, heldout: Material, batches: Sequence[Batch], how: Running, what: str) -> Any:
-    """The perplexity of a model on text, or its answers to questions about images."""
+_MEASURED: dict[str, float] = {}  # perplexities, by all that they depend on: of several checks, most share a model
+
+
+def _measure(model: Model, checkpoint: Checkpoint, heldout: Material, batches: Sequence[Batch], how: Running) -> Any:
+    """The perplexity of a model on text, measured once, or its answers to questions about images."""
     if isinstance(heldout, Pictures):
-        return answer(model, heldout, how.batch_size, f"answers, {what}", quiet=how.quiet)
-    return perplexity(model, track(batches, f"perplexity, {what}", quiet=how.quiet))
+        return answer(model, heldout, how.batch_size, f"answers, {checkpoint.name}", quiet=how.quiet)
+    files = [(file.path.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in checkpoint.files]
+    depends_on = [files, dict(checkpoint.config), heldout.hash, str(model.dtype), str(model.device), how.batch_size]
+    key = json.dumps(depends_on)
+    if key not in _MEASURED:
+        _MEASURED[key] = perplexity(model, track(batches, f"perplexity, {checkpoint.name}", quiet=how.quiet))
+    return _MEASURED[key]
 
 
 def _write(model: Model, folder: Path, measured: Any, how: Running) -> Any:

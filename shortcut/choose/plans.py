@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shortcut.choose.rules import (
+    HEALED,
     Choice,
     Select,
     parse_protect,
@@ -86,6 +87,7 @@ def plans_by_rules(wanted: Wanted, scores: Scores, rules: Sequence[Select]) -> l
     """What every rule chooses by every metric. Raises ShortcutError as `make_plan` does."""
     plans = []
     for rule in rules:
-        known = {"deepest": scores.names[:1], "greedy": list(scores.orders)}.get(rule, scores.names)
+        orders = [name for name in scores.orders if name != HEALED]
+        known = {"deepest": scores.names[:1], "greedy": orders, "healed": [HEALED]}.get(rule, scores.names)
         plans += [make_plan(wanted, scores, rule, metric) for metric in known]
     return plans

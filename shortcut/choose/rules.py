@@ -10,7 +10,8 @@ from shortcut.records.actions import GONE, Action, Move, join
 from shortcut.records.block_lists import parse_blocks
 from shortcut.records.scores import Scores
 
-Select = Literal["lowest", "span", "deepest", "greedy"]
+Select = Literal["lowest", "span", "deepest", "greedy", "healed"]
+HEALED = "healed"  # what the order is called in which blocks went by that rule
 Choice = dict[int, Action]  # what is done to which block
 
 
@@ -26,10 +27,10 @@ def removals(
 
     lowest: the lowest scores, each block on its own. span: the consecutive blocks whose span scores lowest, starting at
     any of 0..depth-count inclusive. deepest: from the last block but one upwards (the last stays), as in Deeper Layers.
-    greedy: the order in which blocks went when what was left was scored again each time, as in SLEB. Ties go to the
-    deeper block. Nothing happens to protected blocks. allow: what may be done to a block; of several actions, lowest
-    takes the moves that score lowest per parameter that goes. Raises ShortcutError for a rule without the scores it
-    needs, and for several actions where it takes one.
+    greedy: the order in which blocks went when what was left was scored again each time, as in SLEB. healed: the order
+    when it was healed each time. Ties go to the deeper block. Nothing happens to protected blocks. allow: what may be
+    done to a block; of several actions, lowest takes the moves that score lowest per parameter that goes. Raises
+    ShortcutError for a rule without the scores it needs, and for several actions where it takes one.
     """
     shielded, action = set(protected), allow[0]
     candidates = [block for block in range(depth) if block not in shielded]
@@ -38,8 +39,8 @@ def removals(
         return _growing([Move(block, action) for block in reversed(candidates) if block != depth - 1], depth)
     if scores is None:
         raise ShortcutError(f"--select {rule} needs scores: give a scores.json, or --select deepest")
-    if rule == "greedy":
-        return _growing(_greedy_order(scores, metric, shielded), depth)
+    if rule in ("greedy", "healed"):
+        return _growing(_order(scores, metric if rule == "greedy" else HEALED, shielded), depth)
     if rule == "lowest":
         return _growing(_by_price(scores, metric, candidates, allow), depth)
     found: list[Choice] = []
@@ -57,7 +58,7 @@ def check_rule(rule: Select, allow: Sequence[Action]) -> None:
     """Raise ShortcutError for a rule that there is not, and for several actions where it takes one."""
     if rule not in get_args(Select):
         raise ShortcutError(f"unknown rule {rule!r}: there are {', '.join(get_args(Select))}")
-    if len(allow) > 1 and rule in ("deepest", "span"):
+    if len(allow) > 1 and rule in ("deepest", "span", "healed"):
         raise ShortcutError(f"--select {rule} takes one action, not {', '.join(allow)}")
 
 
@@ -68,10 +69,11 @@ def _by_price(scores: Scores, metric: str, candidates: Sequence[int], allow: Seq
     return sorted(moves, key=lambda move: (values[move.action][move.block] / sizes[move], -move.block))
 
 
-def _greedy_order(scores: Scores, metric: str, shielded: set[int]) -> tuple[Move, ...]:
+def _order(scores: Scores, metric: str, shielded: set[int]) -> tuple[Move, ...]:
     if metric not in scores.orders:
         known = ", ".join(scores.orders) or "none"
-        raise ShortcutError(f"no order by {metric!r} in these scores (there are: {known}): score with --greedy N")
+        how = "prune with --select healed" if metric == HEALED else "score with --greedy N"
+        raise ShortcutError(f"no order by {metric!r} in these scores (there are: {known}): {how}")
     if early := sorted(shielded & {move.block for move in scores.orders[metric]}):
         raise ShortcutError(f"the order by {metric} has block {early[0]}, which is to stay: score again with --protect")
     return scores.orders[metric]
@@ -136,7 +138,7 @@ def pick_ratio(choices: Sequence[Choice], share: float, parameters: int, size: C
 
 
 def parse_rules(text: str) -> list[Select]:
-    """The rules of a comma-separated list; auto means all but greedy. Raises ShortcutError for an unknown one."""
+    """The rules of a comma-separated list; auto means the first three. Raises ShortcutError for an unknown one."""
     text = "lowest,span,deepest" if text == "auto" else text
     rules: list[Select] = [rule for word in text.split(",") for rule in get_args(Select) if rule == word.strip()]
     if unknown := [word.strip() for word in text.split(",") if word.strip() not in rules]:

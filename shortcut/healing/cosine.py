@@ -5,33 +5,39 @@ decide least squares almost alone, weigh no more than any other here. There is n
 of directions, solved again and again, goes downhill and has settled after a few times.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from shortcut.healing.streams import Streams
+from shortcut.common.processes import add_up
 
 STEPS = 20  # at most
 SETTLED = 1e-3  # part of the loss: a step that gains less is the last
 
 
-def turn(
-    fitting: Sequence[Streams], change: Tensor, ridge: float, *, steps: int = STEPS, settled: float = SETTLED
-) -> Tensor:
+class Rows(NamedTuple):
+    """Of real tokens: what a projection adds to the stream, and the states of shortened model and base; float64."""
+
+    added: Tensor
+    short: Tensor
+    base: Tensor
+
+
+def turn(rows: Rows, change: Tensor, ridge: float, *, steps: int = STEPS, settled: float = SETTLED) -> Tensor:
     """Go from one change D towards that which minimises mean(1 - cos(x + M D, y)) + ridge ‖D‖² / 2, always downhill.
 
     The unit of the ridge is the mean square of what M adds, as a part of ‖y‖: it means what it means in least squares.
-    Returns (width, width), float64.
+    Of several processes each has rows of its own. Returns (width, width), float64.
     """
-    gram = sum(_gram(streams) for streams in fitting) / sum(int(streams.batch.mask.sum()) for streams in fitting)
-    price = ridge * gram.diagonal().mean()
-    curved = torch.linalg.cholesky(gram + price * torch.eye(len(gram)).to(gram))
-    length, (loss, slope) = 1.0, evaluate(fitting, change, price)
+    shares = rows.added / _lengths(rows.base)
+    gram, count = add_up(shares.T @ shares), add_up(torch.tensor(float(len(shares)), dtype=change.dtype)).item()
+    price = float(ridge * gram.diagonal().mean() / count)
+    curved = torch.linalg.cholesky(gram / count + price * torch.eye(len(gram)).to(gram))
+    length, (loss, slope) = 1.0, evaluate(rows, change, price)
     for _ in range(steps):
         there = change - length * torch.cholesky_solve(slope, curved)
-        found, turned = evaluate(fitting, there, price)
+        found, turned = evaluate(rows, there, price)
         if not found < loss:
             length /= 2
             continue
@@ -42,28 +48,16 @@ def turn(
     return change
 
 
-def evaluate(fitting: Sequence[Streams], change: Tensor, price: Any) -> tuple[float, Tensor]:
+def evaluate(rows: Rows, change: Tensor, price: float) -> tuple[float, Tensor]:
     """The loss of a change, and its gradient: M' G + price D, with rows (cos z/‖z‖ - y/‖y‖) / ‖z‖ of G, z = x + M D."""
-    total, count = 0.0, 0
-    slope = torch.zeros_like(change)
-    for streams in fitting:
-        added, short, base = _rows(streams)
-        sums = short + added @ change
-        length = sums.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        sums, base = sums / length, base / base.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        cosines = (sums * base).sum(-1, keepdim=True)
-        slope += added.T @ ((cosines * sums - base) / length)
-        total, count = total + (1 - cosines).sum().item(), count + len(base)
-    return total / count + 0.5 * float(price * change.square().sum()), slope / count + price * change
+    sums = rows.short + rows.added @ change
+    length = _lengths(sums)
+    sums, base = sums / length, rows.base / _lengths(rows.base)
+    cosines = (sums * base).sum(-1, keepdim=True)
+    slope = add_up(rows.added.T @ ((cosines * sums - base) / length))
+    total, count = add_up(torch.stack([(1 - cosines).sum().cpu(), torch.tensor(float(len(base))).double()])).tolist()
+    return total / count + 0.5 * price * change.square().sum().item(), slope / count + price * change
 
 
-def _gram(streams: Streams) -> Any:
-    added, _, base = _rows(streams)
-    added = added / base.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return added.T @ added
-
-
-def _rows(streams: Streams) -> list[Tensor]:
-    """Of the real tokens: what the projection adds, and the states of shortened model and base; float64."""
-    assert streams.added is not None
-    return [each[streams.batch.mask].double() for each in (streams.added, streams.short, streams.base)]
+def _lengths(states: Tensor) -> Tensor:
+    return states.norm(dim=-1, keepdim=True).clamp_min(1e-12)

@@ -1,16 +1,19 @@
 """Healing without training, and the weights that healing changed, written."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from shortcut.checkpoint.checkpoint import Checkpoint, read_json
+from shortcut.checkpoint.open import identify
 from shortcut.checkpoint.side_files import write_json
 from shortcut.checkpoint.stage import RECORD
 from shortcut.common.errors import ShortcutError
 from shortcut.common.progress import byte_bar, say
 from shortcut.healing.training import Healing, Patient
+from shortcut.options.groups import Offload, Own
 from shortcut.records.methods import Method, Objective
 from shortcut.records.plan import Plan
 from shortcut.surgery.cut import write_checkpoint
@@ -19,18 +22,31 @@ if TYPE_CHECKING:
     from shortcut.material.pictures import Material
 
 
-def fit(patient: Patient, method: Method, material: "Material", objective: Objective, *, offload: bool) -> Healing:
+@dataclass(frozen=True, kw_only=True)
+class Fitting(Own, Offload):
+    """How weights are fitted: the options of `heal` that say so, and the seed of the text."""
+
+    objective: Objective
+    seed: int
+
+
+def fit(patient: Patient, method: Method, material: "Material", asked: Fitting) -> Healing:
     """Heal without training. Raises ShortcutError where that does not help."""
-    from shortcut.healing import fold, scale
+    from shortcut.healing import refit, scale
     from shortcut.healing.changes import names_in
+    from shortcut.healing.own_text import with_own_text
+    from shortcut.healing.saved_fit import SavedFit
     from shortcut.live.blocks import device_of
     from shortcut.live.decoder import Decoder
     from shortcut.live.offload import open_live
 
     plan, quiet = patient.plan, patient.how.quiet
-    fitting, deciding = material.split(max(1, len(material.sequences) // 4))
-    say(f"{method}: fitted on {fitting.tokens} tokens, and {deciding.tokens} others decide", quiet=quiet)
-    with open_live(patient.base, patient.how, offload=offload, quiet=quiet) as live:
+    saved = None
+    with open_live(patient.base, patient.how, offload=asked.offload, quiet=quiet) as live:
+        own = _count_own(material, asked.own, live, quiet=quiet)
+        both = with_own_text(material, own, patient.base, lambda: live, patient.how, seed=asked.seed, quiet=quiet)
+        fitting, deciding = both.split(max(1, len(both.sequences) // 4))
+        say(f"{method}: fitted on {fitting.tokens} tokens, and {deciding.tokens} others decide", quiet=quiet)
         decoder, device = Decoder.of(live), device_of(live)
         parts = [each.batches(patient.how.batch_size, device) for each in (fitting, deciding)]
         fits: Sequence[Any]
@@ -38,12 +54,30 @@ def fit(patient: Patient, method: Method, material: "Material", objective: Objec
             fits = scale.fit_scales(decoder, plan, *parts, quiet=quiet)
             changed = scale.new_weights(decoder, fits)
         else:
-            fits = fold.fit_folds(decoder, plan, *parts, objective=objective, quiet=quiet)
-            changed = fold.new_weights(decoder, fits)
+            key = [method, asked.objective, identify(patient.base), plan.to_dict(), both.hash, str(live.dtype)]
+            saved = SavedFit(key)
+            fits = refit.fit_refits(
+                decoder, plan, *parts, method=method, objective=asked.objective, saved=saved, quiet=quiet
+            )
+            changed = refit.new_weights(decoder, fits)
     if not fits:
+        if saved is not None:
+            saved.forget()
         raise ShortcutError(f"nothing that {method} can do lowers the perplexity: nothing is written")
-    record = {"method": method, "fits": [fit.record() for fit in fits], "data": material.record()}
-    return Healing(names_in(patient.cut, plan, changed), record, tuple(f"{method}: {fit}" for fit in fits))
+    record = {"method": method, "fits": [fit.record() for fit in fits], "data": material.record(), "own": own}
+    lines = tuple(f"{method}: {fit}" for fit in fits)
+    return Healing(names_in(patient.cut, plan, changed), record, lines, saved=saved)
+
+
+def _count_own(material: "Material", asked: int | None, live: Any, *, quiet: bool) -> int:
+    """How many sequences the base is to write; none if not asked for where each token would take all of a disk."""
+    from shortcut.healing.own_text import count_own
+    from shortcut.live.offload import is_offloaded
+
+    if asked is None and is_offloaded(live):
+        say("no text is written to learn from, as blocks are on the disk: see --own", quiet=quiet)
+        return 0
+    return count_own(material, asked)
 
 
 def write_healed(patient: Patient, steps: Sequence[Healing], folder: Path) -> Checkpoint:

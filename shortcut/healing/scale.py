@@ -11,21 +11,20 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shortcut.common.errors import ShortcutError
+from shortcut.common.processes import add_up, share
 from shortcut.common.progress import track
+from shortcut.healing.projections import OUTPUT_TOLERANCE, find_projection
 from shortcut.healing.streams import (
-    OUTPUT_TOLERANCE,
     Streams,
     check_plan,
-    find_projection,
     output_of,
-    perplexity_behind,
+    perplexities_behind,
 )
 from shortcut.live.decoder import PROBE, Batch, Decoder
 from shortcut.live.offload import resident
@@ -91,7 +90,7 @@ def fit_scales(
     """
     check_plan(decoder, plan, batches[0], "scaling")
     projections = _find_projections(decoder, plan, batches[0])
-    fitting, checking = ([Streams.start(decoder, batch) for batch in each] for each in (batches, deciding))
+    fitting, checking = ([Streams.start(decoder, batch) for batch in share(each)] for each in (batches, deciding))
     scales: list[Scale] = []
     for number in track(range(len(plan.actions)), "scaling", quiet=quiet):
         with resident(decoder.blocks[number]):
@@ -102,8 +101,8 @@ def fit_scales(
             continue
         front = max((block for block in plan.kept if block < number), default=-1)
         alpha = measure(fitting)
-        price = partial(_perplexity, decoder, plan, number, checking)
-        before, after = price(1.0), price(alpha)
+        tried = [[streams.short * each for streams in checking] for each in (1.0, alpha)]
+        before, after = perplexities_behind(decoder, plan, number, checking, tried)
         if after < before:
             scales.append(Scale(tuple(range(front + 1, number + 1)), alpha, before, after, later))
             for streams in (*fitting, *checking):
@@ -114,21 +113,18 @@ def fit_scales(
 def measure(fitting: Sequence[Streams]) -> float:
     """How many times as long the stream is behind a span as in front of it: mean of ‖y‖ / ‖x‖ over all real tokens.
 
-    Tokens without any length count for nothing. The arithmetic is float32.
+    Tokens without any length count for nothing. The arithmetic is float32. Of several processes each has its own.
     """
-    ratios = []
+    sums = torch.zeros(2, dtype=torch.float64)
     for streams in fitting:
         before, after = (
             each[streams.batch.mask].float().norm(dim=-1)
             for each in (streams.short, streams.base.to(streams.short.device))
         )
-        ratios.append((after / before)[before > 0])
-    return torch.cat(ratios).double().mean().item()
-
-
-def _perplexity(decoder: Decoder, plan: Plan, number: int, checking: Sequence[Streams], alpha: float) -> float:
-    """Of the shortened model, with a number in the place of the span that ends with this block."""
-    return perplexity_behind(decoder, plan, number, checking, lambda streams: streams.short * alpha)
+        ratios = (after / before)[before > 0].double()
+        sums += torch.stack([ratios.sum(), torch.tensor(len(ratios)).to(ratios)]).cpu()
+    total, count = add_up(sums).tolist()
+    return total / count
 
 
 def _find_projections(decoder: Decoder, plan: Plan, batch: Batch) -> dict[int, tuple[str, ...]]:
@@ -157,7 +153,7 @@ def _check_block(decoder: Decoder, number: int, action: Action, names: Sequence[
     expected = decoder.run(number, states, call, action) / TRIED
     with ExitStack() as stack:
         for name in names:
-            stack.enter_context(output_of(decoder.blocks[number], name, lambda output: output / TRIED))
+            stack.enter_context(output_of(decoder.blocks[number], name, lambda _, output: output / TRIED))
         found = decoder.run(number, states / TRIED, call, action)
     if not _alike(found, expected):
         family = decoder.model.config.model_type

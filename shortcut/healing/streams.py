@@ -4,9 +4,8 @@ What heals without training sees nothing else: where a block or half of it is mi
 it, those of the shortened model are in front of it, and a last projection is there to be changed.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,26 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from shortcut.common.errors import ShortcutError
+from shortcut.common.processes import add_up
 from shortcut.live.blocks import hidden_input
 from shortcut.live.decoder import LOGITS_AT_ONCE, Batch, Call, Decoder, check_finite
+from shortcut.live.offload import resident
 from shortcut.records.actions import GONE, Action
 from shortcut.records.plan import Plan
+from shortcut.records.scores import perplexity_of
 
-OUTPUT_TOLERANCE = 1e-3  # of what is added to a projection's output, and has to come out of its block
+# By the name of a projection in a block, what is added to its weights: (inputs, outputs), float64, the bias last.
+Changes = Mapping[str, Tensor]
+UNCHANGED: Changes = {}
+NOWHERE: Mapping[int, Changes] = {}
 
 
 @dataclass
 class Streams:
-    """A batch on its way through the base and through the shortened model: the states of both, and the calls.
-
-    added: what the projection that may take a map adds to the states of the shortened model.
-    """
+    """A batch on its way through the base and through the shortened model: the states of both, and the calls."""
 
     batch: Batch
     calls: list[Call]
     base: Tensor
     short: Tensor
-    added: Tensor | None = None
 
     @classmethod
     def start(cls, decoder: Decoder, batch: Batch) -> "Streams":
@@ -42,15 +43,16 @@ class Streams:
         hidden = hidden_input(*calls[0])
         return cls(batch, calls, hidden, hidden)
 
-    def step(self, decoder: Decoder, number: int, action: Action, name: str = "") -> None:
-        """Take both streams through a block, and note what the module of this name adds to the shorter one."""
-        call, alike = self.calls[number], self.base is self.short and action == "keep"
-        if action != "drop":
-            found: list[Tensor] = []
-            with output_of(decoder.blocks[number], name, found.append):
-                short = decoder.run(number, self.short, call, action)
-            self.short, self.added = short, found[0].reshape(short.shape) if found else None
-        self.base = self.short if alike else decoder.run(number, self.base, call)
+    def step(self, decoder: Decoder, number: int, action: Action) -> None:
+        """Take both streams through a block."""
+        alike = self.base is self.short and action == "keep"
+        self.base = decoder.run(number, self.base, self.calls[number])
+        self.short = self.base if alike else self.behind(decoder, number, action)
+
+    def behind(self, decoder: Decoder, number: int, action: Action, changes: Changes = UNCHANGED) -> Tensor:
+        """What a block makes of the shorter stream, with these changes to its weights."""
+        with with_changes(decoder.blocks[number], changes):
+            return decoder.run(number, self.short, self.calls[number], action)
 
 
 def check_plan(decoder: Decoder, plan: Plan, batch: Batch, what: str) -> None:
@@ -63,67 +65,87 @@ def check_plan(decoder: Decoder, plan: Plan, batch: Batch, what: str) -> None:
 
 
 @contextmanager
-def output_of(block: nn.Module, name: str, look: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """See, or change, what a module of a block gives; no module where there is no name."""
+def output_of(block: nn.Module, name: str, look: Callable[[Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+    """See what a module of a block is given, and see or change what it gives; no module where there is no name."""
     if not name:
         yield
         return
-    handle = block.get_submodule(name).register_forward_hook(lambda _, __, output: look(output))
+    handle = block.get_submodule(name).register_forward_hook(lambda _, inputs, output: look(inputs[0], output))
     try:
         yield
     finally:
         handle.remove()
 
 
-def find_projection(decoder: Decoder, number: int, streams: Streams, action: Action = "keep") -> str:
-    """The last projection in what an action leaves of a block whose output goes straight into the stream, by its name.
+def noting(found: list[tuple[Tensor, Tensor]]) -> Callable[[Tensor, Tensor], None]:
+    """For `output_of`: what notes what a module is given, and gives."""
+    return lambda given, gives: found.append((given, gives))
 
-    Tried by adding something to it, which has to come out of the block as it went in. Raises ShortcutError where there
-    is none, as where a norm follows the MLP, or experts share it.
+
+@contextmanager
+def with_changes(block: nn.Module, changes: Changes) -> Iterator[None]:
+    """Have projections of a block give what they would with changed weights; the weights stay as they are."""
+    with ExitStack() as stack:
+        for name, change in changes.items():
+
+            def add(projection: nn.Module, inputs: Any, output: Tensor, change: Tensor = change) -> Tensor:
+                return output + _weighed(projection, inputs[0]) @ change.to(output)
+
+            stack.callback(block.get_submodule(name).register_forward_hook(add).remove)
+        yield
+
+
+@contextmanager
+def inputs_of(block: nn.Module, names: Sequence[str], found: dict[str, Tensor]) -> Iterator[None]:
+    """Note all that projections of a block weigh: what goes in, and where they have a bias, a one."""
+    with ExitStack() as stack:
+        for name in names:
+
+            def note(projection: nn.Module, inputs: Any, name: str = name) -> None:
+                found[name] = _weighed(projection, inputs[0])
+
+            stack.callback(block.get_submodule(name).register_forward_pre_hook(note).remove)
+        yield
+
+
+def _weighed(projection: Any, states: Tensor) -> Tensor:
+    return states if projection.bias is None else torch.cat([states, torch.ones_like(states[..., :1])], dim=-1)
+
+
+def perplexities_behind(
+    decoder: Decoder,
+    plan: Plan,
+    number: int,
+    checking: Sequence[Streams],
+    tried: Sequence[Sequence[Tensor]],
+    changed: Mapping[int, Changes] = NOWHERE,
+) -> list[float]:
+    """Of the shortened model, with each of these states behind a block of the base.
+
+    tried: for every trial, the states of every batch. Trials go through the blocks side by side. changed: by block,
+    changes to its weights. Of several processes each has batches of its own.
     """
-    block, call, states = decoder.blocks[number], streams.calls[number], streams.short
-    silent = {} if action == "keep" else decoder.branches(number).silent(GONE[action])
-    width, called = states.shape[-1], dict[str, int]()
-    handles = [
-        module.register_forward_hook(lambda *_, name=name: called.update({name: called.pop(name, 0) + 1}))
-        for name, module in block.named_modules()
-        if module not in silent and isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2
-    ]
-    after = decoder.run(number, states, call, action)
-    for handle in handles:
-        handle.remove()
-
-    def raised(output: Any) -> Tensor | None:
-        fits = isinstance(output, Tensor) and output.shape[-1] == width and output.numel() == states.numel()
-        return output + bump if fits else None
-
-    bump = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(states) * after.float().std()
-    sizes = torch.maximum(states.abs(), after.abs()) + bump.abs().max()  # each value is rounded by its own
-    tolerance = max(OUTPUT_TOLERANCE, 4 * torch.finfo(states.dtype).eps) * sizes
-    for name in [name for name, times in reversed(called.items()) if times == 1]:
-        with output_of(block, name, raised):
-            change = decoder.run(number, states, call, action) - after
-        if ((change - bump).abs() <= tolerance).all():
-            return name
-    family = decoder.model.config.model_type
-    raise ShortcutError(f"cannot heal in block {number} of {family}: no projection in it adds straight to the stream")
+    trials = [list(states) for states in tried]
+    for later in (block for block in plan.kept if block > number):
+        block = decoder.blocks[later]
+        with resident(block), with_changes(block, changed.get(later, UNCHANGED)):
+            for states in trials:
+                for place, streams in enumerate(checking):
+                    states[place] = decoder.run(later, states[place], streams.calls[later], plan.actions[later])
+    with resident(decoder.head):
+        sums = add_up(torch.stack([_likelihood(decoder, checking, states) for states in trials]))
+    check_finite(sums, "the shortened model", trials[0][0].dtype if checking else torch.float32)
+    return [perplexity_of(-total / count) for total, count in sums.tolist()]
 
 
-def perplexity_behind(
-    decoder: Decoder, plan: Plan, number: int, checking: Sequence[Streams], states: Callable[[Streams], Tensor]
-) -> float:
-    """Of the shortened model, with these states behind a block of the base."""
-    total, count = 0.0, 0
-    for streams in checking:
-        hidden, batch = states(streams), streams.batch
-        for later in range(number + 1, len(plan.actions)):
-            hidden = decoder.run(later, hidden, streams.calls[later], plan.actions[later])
-        real = batch.mask[:, 1:]
-        last, targets = hidden[:, :-1][real], batch.ids[:, 1:][real]
-        room = max(1, LOGITS_AT_ONCE // decoder.vocabulary)
+def _likelihood(decoder: Decoder, checking: Sequence[Streams], states: Sequence[Tensor]) -> Tensor:
+    """The log likelihood of the tokens behind these states, and how many they are: (2,), float64."""
+    total, count, room = 0.0, 0, max(1, LOGITS_AT_ONCE // decoder.vocabulary)
+    for streams, hidden in zip(checking, states, strict=True):
+        real = streams.batch.mask[:, 1:]
+        last, targets = hidden[:, :-1][real], streams.batch.ids[:, 1:][real]
         for first in range(0, len(targets), room):
             chunk = slice(first, first + room)
-            total -= decoder.predict(last[chunk]).gather(-1, targets[chunk, None]).double().sum().item()
+            total += decoder.predict(last[chunk]).gather(-1, targets[chunk, None]).double().sum().item()
         count += len(targets)
-    check_finite(torch.tensor(total), "the shortened model", hidden.dtype)
-    return math.exp(min(total / count, 700.0))
+    return torch.tensor([total, count], dtype=torch.float64)

@@ -1,7 +1,7 @@
 """Healing by training: what is asked for, and one training from start to end."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from shortcut.checkpoint.stage import RECORD
 from shortcut.common.errors import ShortcutError
 from shortcut.common.processes import add_up, share
 from shortcut.common.progress import say, track
-from shortcut.options.groups import Running, TrainingInDetail
+from shortcut.options.groups import Own, Running, TrainingInDetail
 from shortcut.records.plan import Plan
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shortcut.healing.lora import Adapter
     from shortcut.healing.losses import Notes, Teacher
     from shortcut.healing.saved import SavedTraining
+    from shortcut.healing.saved_fit import SavedFit
     from shortcut.live.decoder import Decoder
     from shortcut.material.pictures import Material
 
@@ -30,7 +31,7 @@ ASIDE, ASIDE_MOST = 10, 32  # one sequence of ten is set aside, and so many at m
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning(TrainingInDetail):
+class Tuning(TrainingInDetail, Own):
     """How a shortened model is trained: the options of `heal` that say so, by which method, and in what batches."""
 
     distill: bool
@@ -45,7 +46,7 @@ class Tuning(TrainingInDetail):
                 raise ShortcutError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number")
         if not 0 <= self.dropout < 1:
             raise ShortcutError(f"--dropout {self.dropout} is not between 0 and 1")
-        for name in ("top_k", "match", "own"):
+        for name in ("top_k", "match"):
             if getattr(self, name) < 0:
                 raise ShortcutError(f"--{name.replace('_', '-')} cannot be negative")
         if (self.top_k or self.match or self.temperature != 1) and not self.distill:
@@ -91,14 +92,14 @@ class Healing:
     """One way of healing, carried out.
 
     changed: new weights by name in the checkpoint; record: what was done, as plain data; lines: the same for people;
-    adapter: PEFT's, where there is one; saved: what holds the state of a training.
+    adapter: PEFT's, where there is one; saved: what holds the state of it while it goes on.
     """
 
     changed: "Mapping[str, Tensor]"
     record: dict[str, Any]
     lines: tuple[str, ...]
     adapter: "Adapter | None" = None
-    saved: "SavedTraining | None" = None
+    saved: "SavedTraining | SavedFit | None" = None
 
     def forget(self) -> None:
         """Remove what was kept while it went on."""
@@ -116,6 +117,7 @@ def train_checkpoint(
     from shortcut.healing.changes import check_changes, read_tensor
     from shortcut.healing.loop import train
     from shortcut.healing.losses import Student
+    from shortcut.healing.own_text import count_own, with_own_text, with_text
     from shortcut.healing.saved import SavedTraining
     from shortcut.live.load import load_model
     from shortcut.material.pictures import Pictures
@@ -123,15 +125,21 @@ def train_checkpoint(
     cut, quiet = patient.cut, patient.how.quiet
     if isinstance(material, Pictures):
         material = material.with_answers()
-    _set_aside(_with_text(material, [()] * tuning.own))  # of as many, to see whether it can be done
+    own = count_own(material, tuning.own)
+    _set_aside(with_text(material, [()] * own))  # of as many, to see whether it can be done
     tuning, dtype = _pick_arithmetic(tuning, patient)
     decoder, adapter = _adapt(patient, tuning, material, changed, dtype)
     names = {(block, name): cut.anatomy.join(block, f"{name}.weight") for block, name in adapter.projections}
     check_changes(cut, {names[where]: shape for where, shape in adapter.shapes.items()})
-    run = {**_identify(patient, changed), "data": material.hash, **tuning.depends_on()}
+    run = {**_identify(patient, changed), "data": material.hash, **tuning.depends_on(), "own": own}
     saved = SavedTraining.open(out.with_name(f"{out.name}.training"), run)
     base = cache(lambda: load_model(patient.base.folder, replace(patient.how, dtype=dtype)).requires_grad_(False))
-    rest, aside = _set_aside(_with_text(material, _write_own(base, patient, tuning, material, saved)))
+    try:
+        both = with_own_text(material, own, patient.base, base, patient.how, seed=tuning.seed, quiet=quiet)
+    except ShortcutError:
+        saved.forget_unless_used()
+        raise
+    rest, aside = _set_aside(both)
     teacher = _teach(base, patient, tuning, rest, saved) if tuning.distill else None
     base.cache_clear()  # where it teaches, the teacher has it
     student = Student(decoder, teacher, recompute=tuning.gradient_checkpointing, bf16=tuning.bf16)
@@ -140,8 +148,8 @@ def train_checkpoint(
     state = train(student, adapter.trained, rest, batches, tuning.pace(rest), saved, quiet=quiet)
     old = {name: changed[name] if name in changed else read_tensor(cut, name) for name in names.values()}
     weights = {name: adapter.new_weight(*where, old[name]).to(old[name].dtype) for where, name in names.items()}
-    record = {"method": tuning.method, **asdict(tuning), "data": material.record(), **asdict(state)}
-    source = f", also on {tuning.own} sequences that the base wrote" if tuning.own else ""
+    record = {"method": tuning.method, **asdict(tuning), "own": own, "data": material.record(), **asdict(state)}
+    source = f", also on {own} sequences that the base wrote" if own else ""
     line = f"{tuning.method}{source}: {state}"
     return Healing(weights, record, (line,), adapter if tuning.keep_adapter else None, saved)
 
@@ -200,39 +208,6 @@ def _identify(patient: Patient, changed: "Mapping[str, Tensor]") -> dict[str, An
 def _set_aside(material: "Material") -> "tuple[Material, Material]":
     """What is trained on, and what decides."""
     return material.split(min(ASIDE_MOST, max(1, len(material.sequences) // ASIDE)))
-
-
-def _with_text(material: "Material", sequences: Sequence[tuple[int, ...]]) -> "Material":
-    """The same with one text more. Raises ShortcutError for images."""
-    from shortcut.material.calibration import Calibration
-
-    if not sequences:
-        return material
-    if not isinstance(material, Calibration):
-        raise ShortcutError("--own is text, and this model learns from questions about images")
-    domains = (*material.domains, *[max(material.domains) + 1] * len(sequences))
-    return replace(material, sequences=(*material.sequences, *sequences), domains=domains)
-
-
-def _write_own(
-    base: Callable[[], Any], patient: Patient, tuning: Tuning, material: "Material", saved: "SavedTraining"
-) -> Sequence[tuple[int, ...]]:
-    """What the base writes, where it is to; what was written before is not written again."""
-    from shortcut.healing.own_text import write_sequences
-    from shortcut.live.load import load_tokenizer
-    from shortcut.material.calibration import Calibration
-
-    if not tuning.own:
-        return ()
-    assert isinstance(material, Calibration)
-    tokenizer = load_tokenizer(patient.cut.folder, trust_remote_code=patient.how.trust_remote_code)
-    try:
-        return write_sequences(
-            base, tokenizer, tuning.own, material.length, saved.folder, seed=tuning.seed, quiet=patient.how.quiet
-        )
-    except ShortcutError:
-        saved.forget_unless_used()
-        raise
 
 
 def _teach(

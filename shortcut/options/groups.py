@@ -227,9 +227,9 @@ class Rules(Scaled):
 
     select: Annotated[
         str,
-        "which blocks go: those that score lowest, the span that scores lowest, the deepest but the last, or greedy, "
-        "the lowest one by one with the rest scored again each time; several, with commas, are tried, auto being all "
-        "but the last",
+        "which blocks go: those that score lowest, the span that scores lowest, the deepest but the last, greedy, the "
+        "lowest one by one with the rest scored again each time, or healed, one by one what costs least once the rest "
+        "is refitted; several, with commas, are tried, auto being the first three",
     ] = "lowest"
 
 
@@ -243,11 +243,21 @@ class Sharded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Own:
+    """Healing"""
+
+    own: Annotated[
+        int | None,
+        "how many sequences of --length tokens the base writes itself, to learn from beside --data; once for a base; "
+        "as many as of --data if not given, but 32 at most",
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """Training"""
 
     minutes: Annotated[float | None, "how long to train at most, looks at text set aside included"] = None
-    own: Annotated[int, "how many sequences of --length tokens the base writes itself, to train on beside --data"] = 0
     bf16: Annotated[bool, "train in bfloat16 arithmetic, several times as fast where the processor has it"] = False
 
 

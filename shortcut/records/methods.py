@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-Method = Literal["scale", "fold", "lora", "distill"]
+Method = Literal["refit", "fold", "scale", "lora", "distill"]
 Objective = Literal["least-squares", "cosine"]  # what a map makes small: distances to the base's states, or angles
 Tune = Literal["all", "attention", "mlp"]  # whose projections are trained
-FITTED: tuple[Method, ...] = ("scale", "fold")
+FITTED: tuple[Method, ...] = ("refit", "fold", "scale")
 TRAINED: tuple[Method, ...] = ("lora", "distill")

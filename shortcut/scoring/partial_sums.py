@@ -3,8 +3,6 @@
 A run that goes on from them gives, bit for bit, the scores of one that was never interrupted.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shortcut.common.cache import place_for
 from shortcut.records.actions import Action
 from shortcut.scoring.metrics import Metric
 from shortcut.scoring.walk import UNSCALED
@@ -34,13 +33,8 @@ class Partials:
         scales: Mapping[int, float] = UNSCALED,
     ) -> "Partial":
         """The sums of one walk of the run: of these metrics and actions, after what has been done to blocks."""
-        from huggingface_hub.constants import HF_HOME
-
         rules = [(metric.name, metric.tokens, metric.average, _fingerprint(metric.measure)) for metric in metrics]
-        text = json.dumps(
-            [self.key, rules, sorted(allow), sorted(done.items()), sorted(scales.items())], sort_keys=True
-        )
-        path = Path(HF_HOME) / "shortcut" / "partial" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
+        path = place_for("partial", [self.key, rules, sorted(allow), sorted(done.items()), sorted(scales.items())])
         self.used.add(path)
         return Partial(path)
 

@@ -4,14 +4,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from shortcut.checkpoint.checkpoint import Checkpoint
 from shortcut.checkpoint.open import open_base, open_folder, read_record
 from shortcut.checkpoint.stage import RECORD, check_target, staged
 from shortcut.common.errors import ShortcutError
 from shortcut.common.processes import are_several, is_writer, writer_first
-from shortcut.healing.fit import fit, write_healed
+from shortcut.healing.fit import Fitting, fit, write_healed
 from shortcut.healing.training import Healing, Patient, Tuning, train_checkpoint
 from shortcut.material.take import take_text, take_unseen
 from shortcut.options.groups import (
@@ -20,6 +20,7 @@ from shortcut.options.groups import (
     Offload,
     Out,
     Overwrite,
+    Own,
     Questions,
     Running,
     Text,
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
     from shortcut.material.pictures import Material
     from shortcut.publish.heal_report import HealReport
 
-SAMPLES = (64, 2048)  # sequences to fit on, and to train on at most, where --samples does not say
+SAMPLES = (32, 2048)  # sequences to fit on, and to train on at most, where --samples does not say
 
 
 @dataclass(frozen=True)
-class HealOptions(TrainingInDetail, Heldout, Text, Offload, Running, Overwrite):
+class HealOptions(TrainingInDetail, Own, Heldout, Text, Offload, Running, Overwrite):
     """How to heal"""
 
     short: Annotated[str | Path, "the folder of a shortened checkpoint"]
@@ -47,16 +48,19 @@ class HealOptions(TrainingInDetail, Heldout, Text, Offload, Running, Overwrite):
     _: KW_ONLY
     method: Annotated[
         str,
-        "by scale or fold, which train nothing, by lora or distill, which do, or by one of the first and then one of "
-        "the second: fold,distill",
-    ] = "fold"
+        "by refit, fold or scale, which train nothing, by lora or distill, which do, or by one of the first and then "
+        "one of the second: refit,distill",
+    ] = "refit"
     preset: Annotated[HealPresetName | None, "a published way to heal; what is given beside it wins"] = None
     base: ModelBase = None
     revision: Annotated[str | None, "branch, tag or commit of the base on the Hub"] = None
     objective: Annotated[Objective, "what a map is fitted by: the distance to the base's states, or the angle"] = (
         "least-squares"
     )
-    samples: Annotated[int | None, "number of sequences; 64 to fit on, up to 2048 to train on if not given"] = None
+    samples: Annotated[int | None, "number of sequences; 32 to fit on, up to 2048 to train on if not given"] = None
+    check: Annotated[
+        Literal["fast", "full"], "full: base, shortened and healed model answer questions as well, and are timed"
+    ] = "fast"
     questions: Questions = "default"
 
 
@@ -64,12 +68,13 @@ class HealOptions(TrainingInDetail, Heldout, Text, Offload, Running, Overwrite):
 def heal(asked: HealOptions) -> "HealReport":
     """Win back some of what shortening cost, and write the healed checkpoint to OUT; SHORT stays as it is.
 
-    fold and scale train nothing: fold merges a linear map for every deleted span into the weights in front of it, scale
-    a single number into those behind it. lora and distill train until --minutes, --tokens or --epochs are over: lora
-    learns to predict text, distill to predict what the base predicts. One of the first two may be followed by one of
-    the others: fold,distill. Text set aside decides which weights are kept. Where nothing was gained, nothing is
-    written, and the command fails. A training that was killed goes on when the command is given again. OUT is there
-    only if it loads, and is the base with these weights in it.
+    refit, fold and scale train nothing: refit solves projections around and behind every deleted span anew, in closed
+    form, fold merges a linear map into the one in front of it, scale a single number into those behind it. lora and
+    distill train until --minutes, --tokens or --epochs are over: lora learns to predict text, distill to predict what
+    the base predicts. One of the first three may be followed by one of the others: refit,distill. Part of what is
+    learnt from is text that the base writes itself. Text set aside decides which weights are kept. Where nothing was
+    gained, nothing is written, and the command fails. What was killed goes on when the command is given again. OUT is
+    there only if it loads, and is the base with these weights in it.
     """
     return heal_checkpoint(asked)
 
@@ -84,22 +89,25 @@ def heal_checkpoint(asked: HealOptions) -> "HealReport":
     patient = _admit(asked, methods)
     cut, images, trust = patient.cut, bool(patient.plan.frozen), asked.trust_remote_code
     unseen = take_unseen(cut, asked, asked.heldout, images=images, trust_remote_code=trust)
-    questions = () if asked.questions == "none" or images else _read_questions(cut, asked)
+    full = asked.check == "full"
+    questions = _read_questions(cut, asked) if full and asked.questions != "none" and not images else ()
+    fitting = handed_on(Fitting, asked, objective=asked.objective, seed=asked.seed)
     steps: list[Healing] = []
     for method in methods:
         samples, fewer = asked.samples or SAMPLES[method in TRAINED], method in TRAINED
         taken = take_text(cut, asked, samples, images=images, fewer=fewer, trust_remote_code=trust)
         if method in FITTED:
-            steps.append(fit(patient, method, taken, asked.objective, offload=asked.offload))
+            steps.append(fit(patient, method, taken, fitting))
         else:
             steps.append(train_checkpoint(patient, tuning, taken, steps[-1].changed if steps else {}, target))
     if not is_writer():
         raise SystemExit  # the others have done their part
     with staged(target, overwrite=asked.overwrite, base=cut.folder, size=2 * cut.size) as stage:
         healed = replace(write_healed(patient, steps, stage), name=str(asked.out))
-        report = _report(patient, steps, healed, unseen, questions, timed=not asked.offload)
+        report = _report(patient, steps, healed, unseen, questions, timed=full and not asked.offload)
         report = describe_healed(patient.base, patient.plan, cut, healed, report, spell_out(heal, asked))
-    steps[-1].forget()
+    for step in steps:
+        step.forget()
     return report
 
 
@@ -118,7 +126,7 @@ def read_methods(asked: HealOptions) -> tuple[tuple[Method, ...], Tuning]:
 
 
 def parse_methods(text: str) -> tuple[Method, ...]:
-    """Read "fold,distill": one that is fitted, one that is trained, or the one and then the other."""
+    """Read "refit,distill": one that is fitted, one that is trained, or the one and then the other."""
     known: tuple[Method, ...] = (*FITTED, *TRAINED)
     methods = tuple(name for word in text.split(",") for name in known if name == word.strip())
     if len(methods) != len(text.split(",")):
@@ -130,8 +138,6 @@ def parse_methods(text: str) -> tuple[Method, ...]:
         raise ShortcutError(
             f"--method {text}: one of {', '.join(FITTED)}, then one of {', '.join(TRAINED)}, or one alone"
         )
-    if "fit" in kinds and are_several():
-        raise ShortcutError(f"{methods[0]} runs in one process: heal by it first, and train what it gave in several")
     return methods
 
 
@@ -142,6 +148,8 @@ def _check_meant(asked: HealOptions, methods: Sequence[Method]) -> None:
     for name, option in verb_of(heal).options.items():
         if name in meant and getattr(asked, name) != option.default and not set(meant[name]) & set(methods):
             raise ShortcutError(f"{option.flag} is for --method {' or '.join(meant[name])}")
+    if asked.check == "fast" and asked.questions not in ("default", "none"):
+        raise ShortcutError("--questions are asked by --check full alone")
     if asked.offload and set(methods) & set(TRAINED):
         raise ShortcutError("--offload is for what trains nothing")
     if are_several() and asked.device != "auto":

@@ -27,6 +27,7 @@ from shortcut.options.groups import (
     Model,
     Out,
     Overwrite,
+    Own,
     Ranking,
     Revision,
     Rules,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from shortcut.publish.heal_report import HealReport
     from shortcut.publish.report import Report
 
-_OF_TRAINING = " and ".join(", ".join(f"--{field.name}" for field in fields(Training)).rsplit(", ", 1))
+_OF_TRAINING = " and ".join(f"--{field.name}" for field in fields(Training))
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class PruneReport:
 
 @dataclass(frozen=True)
 class PruneOptions(
-    ByHand, HowMany, Rules, Ranking, Allowed, Heldout, SampledText, Running, Revision, Sharded, Training, Overwrite
+    ByHand, HowMany, Rules, Ranking, Allowed, Heldout, SampledText, Running, Revision, Sharded, Training, Own, Overwrite
 ):
     """Writing"""
 
@@ -100,9 +101,9 @@ class PruneOptions(
     _: KW_ONLY
     metric: str = "block-influence"
     format: Annotated[Format, FORMAT] = "custom"
-    heal: Annotated[str | None, "heal what was cut, by one or two methods of `shortcut heal`, such as fold,distill"] = (
-        None
-    )
+    heal: Annotated[
+        str | None, "heal what was cut, by one or two methods of `shortcut heal`, such as refit or refit,distill"
+    ] = None
 
 
 @verb(PruneOptions, first="count ratio heal", example="org/model shorter --ratio 25%", presets=PRESETS)
@@ -116,18 +117,21 @@ def prune(asked: PruneOptions) -> PruneReport:
     """
     if asked.heal is not None:
         return _prune_and_heal(asked)
-    if handed_on(Training, asked) != Training():
-        raise ShortcutError(f"{_OF_TRAINING} say how --heal trains: name a way to heal")
-    return prune_checkpoint(asked)
+    if handed_on(Training, asked) != Training() or (asked.own is not None and "healed" not in asked.select):
+        raise ShortcutError(f"{_OF_TRAINING} and --own say how to heal: name a way with --heal")
+    return prune_checkpoint(asked, own=asked.own)
 
 
-def prune_checkpoint(asked: PruneOptions) -> PruneReport:
-    """What `prune` does where nothing is healed."""
+def prune_checkpoint(asked: PruneOptions, *, refitted: bool = False, own: int | None = None) -> PruneReport:
+    """What `prune` does where nothing is healed.
+
+    refitted: whether it will be, by refit, so that plans are tried as they are then; own: on how much text of the base.
+    """
     from shortcut.checking.verify import check_checkpoint
     from shortcut.live.load import pick_device, pick_dtype
 
     base, target = open_model(asked.model, asked.revision, quiet=asked.quiet), Path(asked.out)
-    request = _read_request(asked, base)
+    request = _read_request(asked, base, refitted=refitted, own=own)
     images = "freeze-visual" in (*(request.wanted.moves or {}).values(), *request.wanted.allow)
     limit = None if asked.max_shard_size is None else parse_size(asked.max_shard_size)
     # What is wrong with the request is said before the long work, not after it.
@@ -153,7 +157,7 @@ def prune_checkpoint(asked: PruneOptions) -> PruneReport:
         return _describe(base, short, cut, checked, scores, trials, spell_out(prune, asked))
 
 
-def _read_request(asked: PruneOptions, base: Checkpoint) -> Request:
+def _read_request(asked: PruneOptions, base: Checkpoint, *, refitted: bool, own: int | None) -> Request:
     """What is to go, and how it is chosen. Raises ShortcutError for what cannot be meant."""
     from shortcut.scoring.greedy import check_scaled
     from shortcut.scoring.metrics import pick_metrics
@@ -161,7 +165,9 @@ def _read_request(asked: PruneOptions, base: Checkpoint) -> Request:
     wanted = read_wanted(base.base, asked, given_by_hand(asked), asked, asked.preset)
     rules = parse_rules(asked.select)
     check_scaled(asked.scaled, "greedy" in rules and wanted.moves is None)
-    return Request(wanted, rules, pick_metrics(asked.metric, asked.average), asked.scaled)
+    healed = "healed" in rules or (refitted and len(rules) > 1 and wanted.allow == ("drop",))
+    metrics = pick_metrics(asked.metric, asked.average)
+    return Request(wanted, rules, metrics, asked.scaled, healed=healed and wanted.moves is None, own=own)
 
 
 def _prune_and_heal(asked: PruneOptions) -> PruneReport:
@@ -170,12 +176,14 @@ def _prune_and_heal(asked: PruneOptions) -> PruneReport:
     out = Path(os.path.realpath(asked.out))
     between = out.with_name(f"{out.name}.cut")
     healing = handed_on(HealOptions, asked, between, asked.out, method=asked.heal)
-    if handed_on(Training, asked) != Training() and not set(parse_methods(asked.heal)) & set(TRAINED):
+    methods = parse_methods(asked.heal)
+    if handed_on(Training, asked) != Training() and not set(methods) & set(TRAINED):
         raise ShortcutError(f"{_OF_TRAINING} are for {' and '.join(TRAINED)}, and {asked.heal} trains nothing")
     read_methods(healing)
     for folder in (out, between):
         check_target(folder, overwrite=asked.overwrite)
-    pruned = prune_checkpoint(replace(asked, out=between, heal=None, **asdict(Training())))
+    alone, refitted = replace(asked, out=between, heal=None, **asdict(Training()), own=None), "refit" in methods
+    pruned = prune_checkpoint(alone, refitted=refitted, own=asked.own)
     try:
         healed = heal_checkpoint(healing)
     except ShortcutError as error:

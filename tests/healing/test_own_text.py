@@ -12,7 +12,7 @@ import torch
 import shortcut
 from shortcut.common.errors import ShortcutError
 from shortcut.healing import own_text
-from shortcut.healing.own_text import write_sequences
+from shortcut.healing.own_text import starts_of, write_sequences
 from shortcut.live.load import load_model, load_tokenizer
 from tests.conftest import VOCABULARY
 from tests.verbs.test_heal import TEXT
@@ -27,7 +27,7 @@ HOW: dict[str, Any] = {"seed": 3, "quiet": True}
 def test_as_likely_as_the_model_says(llama: Path, tmp_path: Path) -> None:
     """Of many pairs, second tokens are as frequent as a plain forward pass predicts, whatever the model's own settings.
 
-    First ones are all as frequent, but for special ones.
+    The first one is that which ends texts.
     """
     model, tokenizer, count = load_model(llama), load_tokenizer(llama), 20000
     with torch.no_grad():
@@ -35,12 +35,9 @@ def test_as_likely_as_the_model_says(llama: Path, tmp_path: Path) -> None:
     model.generation_config.update(do_sample=False, top_k=1, temperature=0.1, repetition_penalty=9.0)
     rows = torch.tensor(write_sequences(lambda: model, tokenizer, count, 2, tmp_path, **HOW))
     assert rows.shape == (count, 2)
-    words = len(tokenizer) - len(tokenizer.all_special_ids)
     with torch.no_grad():
         expected = torch.softmax(model(rows[:, :1]).logits[:, 0].double(), dim=-1).sum(0)
-    first = torch.bincount(rows[:, 0], minlength=VOCABULARY).double()
-    assert set(first.nonzero().flatten().tolist()).isdisjoint(tokenizer.all_special_ids)
-    assert far_apart(first[first > 0], torch.full((words,), count / words, dtype=torch.float64)) < 5
+    assert set(rows[:, 0].tolist()) == {tokenizer.eos_token_id}
     often = expected > 5
     assert often.sum() > 50
     assert far_apart(torch.bincount(rows[:, 1], minlength=VOCABULARY).double()[often], expected[often]) < 5
@@ -82,10 +79,33 @@ def test_sequences_are_whole(
                 write_sequences(lambda: model, tokenizer, 70, 30, shared, **HOW)
             assert len(list(shared.iterdir())) == 12
     monkeypatch.setattr(own_text, "share", lambda files: files)
-    (tmp_path / "own-30-0000003.safetensors").unlink()
+    (tmp_path / "own-30-0-0000003-3.safetensors").unlink()
     assert write_sequences(lambda: model, tokenizer, 70, 30, tmp_path, **HOW) == rows
     (tmp_path / "other").mkdir()
     assert write_sequences(lambda: model, tokenizer, 70, 30, tmp_path / "other", seed=4, quiet=True) != rows
+
+
+def test_chats_are_among_it(llama: Path, tmp_path: Path) -> None:
+    """Every fourth sequence starts as a user's turn does, and the others with a token that such turns do not have."""
+    model, tokenizer = load_model(llama), load_tokenizer(llama)
+    tokenizer.chat_template = "{% for m in messages %}{{ '<s>' + m.role + ': ' + m.content + '</s>' }}{% endfor %}"
+    user = tuple(tokenizer("<s>user: ", add_special_tokens=False)["input_ids"])
+    assert starts_of(tokenizer) == [(tokenizer.pad_token_id,)] * 3 + [user]
+    rows = write_sequences(lambda: model, tokenizer, 9, 30, tmp_path, **HOW)
+    assert sum(row[: len(user)] == user for row in rows) == 2
+    assert sum(row[0] == tokenizer.pad_token_id for row in rows) == 7
+    assert {len(row) for row in rows} == {30}
+    assert set(write_sequences(lambda: model, tokenizer, 8, 3, tmp_path, **HOW)) >= {user[:3]}
+
+
+def test_sequences_are_made_of_short_texts(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as fill it, the last one cut off."""
+    monkeypatch.setattr(own_text, "SHORT", 10)
+    model, tokenizer = load_model(llama), load_tokenizer(llama)
+    rows = write_sequences(lambda: model, tokenizer, 3, 24, tmp_path, **HOW)
+    assert [len(row) for row in rows] == [24] * 3
+    assert {row[place] for row in rows for place in (0, 10, 20)} == {tokenizer.eos_token_id}
+    assert len({row[start : start + 10] for row in rows for start in (0, 10)}) == 6
 
 
 @pytest.mark.parametrize("method", ["lora", "distill"])
@@ -112,12 +132,12 @@ def test_only_models_that_write(short: Path, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(type(model), "generate", refuse)
     with pytest.raises(
-        ShortcutError, match="the base cannot write text to learn from: this model reads only; leave out"
+        ShortcutError, match="the base cannot write text to learn from: this model reads only; use --own 0"
     ):
         write_sequences(lambda: model, tokenizer, 1, 9, tmp_path, **HOW)
     monkeypatch.undo()
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
-    with pytest.raises(ShortcutError, match=r"cannot write .*own-9-0000000.safetensors \(No space left on device\)"):
+    with pytest.raises(ShortcutError, match=r"cannot write .*own-9-.*safetensors \(No space left on device\)"):
         write_sequences(lambda: model, tokenizer, 1, 9, tmp_path, **HOW)
     assert not list(tmp_path.glob("own*"))
 
@@ -126,11 +146,11 @@ def test_what_cannot_be_done_leaves_nothing(short: Path, tmp_path: Path, monkeyp
     """The advice of an error can be followed: no state of another training is in its way."""
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise ShortcutError("leave out --own")
+        raise ShortcutError("use --own 0")
 
     monkeypatch.setattr(own_text, "_draw", refuse)
-    with pytest.raises(ShortcutError, match="leave out --own"):
+    with pytest.raises(ShortcutError, match="use --own 0"):
         shortcut.heal(short, tmp_path / "out", method="lora", own=3, **TEXT)
-    with pytest.raises(ShortcutError, match="cannot set 1 of 1 sequences aside .* use more --samples"):
+    with pytest.raises(ShortcutError, match="cannot set 1 of 2 sequences aside .* use more --samples"):
         shortcut.heal(short, tmp_path / "out", method="lora", **{**TEXT, "samples": 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["short"]

@@ -19,7 +19,7 @@ from shortcut.live.load import load_model
 from shortcut.records.actions import Action
 from shortcut.records.plan import Base, Plan
 from tests.conftest import DEPTH
-from tests.healing.test_fold import batches_of, logits
+from tests.healing.test_refit import batches_of, logits
 from tests.live.test_offload import open_on_disk
 from tests.reference import blocks_of, greedy
 from tests.scoring.test_halves import carried_out
@@ -69,7 +69,7 @@ def test_divided_weights_are_a_multiplied_stream(
     family: str, actions: dict[int, Action], checkpoint_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two cuts, the second measured behind the first; every number is the mean of ratios by hooks and a loop."""
-    monkeypatch.setattr(scale, "_perplexity", lambda *how: 2.0 if how[-1] == 1.0 else 1.0)
+    monkeypatch.setattr(scale, "perplexities_behind", lambda *_: [2.0, 1.0])
     model = load_model(checkpoint_of(family))
     fitting = batches_of(seed=1)
     scales = fit_scales(Decoder.of(model), Plan.of(BASE, actions), fitting, fitting)
@@ -121,16 +121,16 @@ def test_a_span_that_multiplies_is_recovered(llama: Path) -> None:
 def test_only_what_helps_and_can(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No number where the deciding text gains nothing, for a span at the end, or for halves alone."""
     decoder, text = Decoder.of(load_model(llama)), batches_of()
-    monkeypatch.setattr(scale, "_perplexity", lambda *_: 2.0)
+    monkeypatch.setattr(scale, "perplexities_behind", lambda *_: [2.0, 2.0])
     assert fit_scales(decoder, Plan.dropping(BASE, [3]), text, text) == []
-    monkeypatch.setattr(scale, "_perplexity", lambda *how: 2.0 if how[-1] == 1.0 else 1.0)
+    monkeypatch.setattr(scale, "perplexities_behind", lambda *_: [2.0, 1.0])
     assert fit_scales(decoder, Plan.dropping(BASE, [5, 6]), text, text) == []
     assert fit_scales(decoder, Plan.of(BASE, {3: "mlp-only"}), text, text) == []
 
 
 def test_what_a_fit_says(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a line and in plain data; from a model on the disk the weights are the same."""
-    monkeypatch.setattr(scale, "_perplexity", lambda *how: 2.0 if how[-1] == 1.0 else 1.0)
+    monkeypatch.setattr(scale, "perplexities_behind", lambda *_: [2.0, 1.0])
     plan, text = Plan.of(BASE, {2: "drop", 3: "drop", 5: "mlp-only"}), batches_of()
     decoder = Decoder.of(load_model(llama))
     (found,) = fit_scales(decoder, plan, text, text)

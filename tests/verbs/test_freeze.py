@@ -175,7 +175,7 @@ def test_other_ways_to_freeze_wrongly(tmp_path: Path) -> None:
     with pytest.raises(ShortcutError, match="leave out --chat-template"):
         shortcut.score(EMBEDDED_VISION, metric="kl", data="drawings", chat_template=True, **text)
     shortcut.cut(EMBEDDED_VISION, tmp_path / "short", drop="5", quiet=True)
-    with pytest.raises(ShortcutError, match="folding is fitted on text, not on questions about images"):
+    with pytest.raises(ShortcutError, match="refitting is fitted on text, not on questions about images"):
         shortcut.heal(tmp_path / "short", tmp_path / "healed", data="drawings", **text)
     with pytest.raises(ShortcutError, match="sweep compares perplexities"):
         shortcut.sweep(EMBEDDED_VISION, allow="freeze-visual", **text)
