@@ -17,12 +17,15 @@ from shortcut.records.block_lists import format_blocks
 from shortcut.records.plan import Base, Plan
 from shortcut.records.scores import Scores
 from shortcut.verbs.freeze import freeze
+from shortcut.verbs.heal import heal
 from shortcut.verbs.prune import PruneReport, prune
 
 if TYPE_CHECKING:
     from shortcut.checking.speed import Speed
+    from shortcut.publish.heal_report import HealReport
 
 DEMO_SHARE = 0.2  # of the blocks
+HEALING: dict[str, Any] = {"method": "refit", "samples": 16, "length": 256, "own": 0}  # half a minute's worth
 SPEED_RUNS = 5
 FROZEN = 8  # of the 12 blocks of the small vision-language model
 COUNTS = (0, 2, 4, 6, 8, 10, 11, 12)  # of frozen blocks, with which accuracy is measured
@@ -31,26 +34,28 @@ QUESTIONS, BATCH, RANDOM_ORDERS = 220, 44, 10
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo shows beyond `prune`: tokens per second, and how to load the result."""
+    """What the demo shows beyond `prune`: the same healed, tokens per second, and how to load the result."""
 
     pruned: PruneReport
+    healed: "HealReport"
     speed_base: "Speed"
     speed: "Speed"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for --json."""
-        return {**self.pruned.to_dict(), "speed": {"base": asdict(self.speed_base), "shortened": asdict(self.speed)}}
+        speeds = {"base": asdict(self.speed_base), "shortened": asdict(self.speed)}
+        return {**self.pruned.to_dict(), "healed": self.healed.to_dict(), "speed": speeds}
 
     def __str__(self) -> str:
         cut, check, plan = self.pruned.cut, self.pruned.check, self.pruned.cut.plan
         depth, kept = plan.base.blocks, len(plan.kept)
         rows: list[list[object]] = [
-            ["blocks", depth, kept],
-            ["parameters", *map(format_count, (cut.parameters_before, cut.parameters_after))],
-            ["bytes", *map(format_size, (cut.bytes_before, cut.bytes_after))],
-            ["prompt tokens/s", *(f"{speed.prefill:.0f}" for speed in (self.speed_base, self.speed))],
-            ["new tokens/s", *(f"{speed.decode:.1f}" for speed in (self.speed_base, self.speed))],
-            *check.rows,
+            ["blocks", depth, kept, kept],
+            ["parameters", *map(format_count, (cut.parameters_before, *[cut.parameters_after] * 2))],
+            ["bytes", *map(format_size, (cut.bytes_before, *[cut.bytes_after] * 2))],
+            ["prompt tokens/s", *(f"{speed.prefill:.0f}" for speed in (self.speed_base, *[self.speed] * 2))],
+            ["new tokens/s", *(f"{speed.decode:.1f}" for speed in (self.speed_base, *[self.speed] * 2))],
+            *([*row, healed[-1]] for row, healed in zip(check.rows, self.healed.check.rows, strict=True)),
         ]
         return "\n".join(
             [
@@ -59,7 +64,7 @@ class DemoReport:
                 f"dropped  {format_blocks(plan.dropped)}",
                 f"kept     {format_blocks(plan.kept)}",
                 "",
-                format_table(["", "base", "shortened"], rows),
+                format_table(["", "base", "shortened", "healed"], rows),
                 "",
                 f"perplexity on {check.text}",
                 f"speed can gain at most the ratio of blocks, {depth / kept:.2f} ({SPEED_RUNS} runs of each in turn)",
@@ -67,11 +72,12 @@ class DemoReport:
                 "",
                 f"base       {cut.plan.base.model}",
                 f"shortened  {Path(cut.out).resolve()}  (plan.yaml, scores.json, scores.png and a model card inside)",
+                f"healed     {Path(self.healed.out).resolve()}  (by refit on little text: nothing was trained)",
                 "",
                 "from transformers import AutoModelForCausalLM",
-                f'model = AutoModelForCausalLM.from_pretrained("{cut.out}")',
+                f'model = AutoModelForCausalLM.from_pretrained("{self.healed.out}")',
                 "",
-                f"the whole report: {Path(cut.out).resolve() / 'report.html'}",
+                f"the whole report: {Path(self.healed.out).resolve() / 'report.html'}",
             ]
         )
 
@@ -198,10 +204,10 @@ class DemoOptions(Overwrite):
 
 @verb(DemoOptions, first="vision", example="--overwrite")
 def demo(asked: DemoOptions) -> DemoReport | VisionReport:
-    """Shorten the embedded model, SmolLM2-135M-Instruct, by a fifth, and show what that costs and gains.
+    """Shorten the embedded model, SmolLM2-135M-Instruct, by a fifth, heal it, and show what that costs and gains.
 
     --vision freezes images in blocks of a small vision-language model instead, and shows what that costs, chosen well
-    and chosen at random. OUT is smollm2-short, or tiny-llava-frozen.
+    and chosen at random. OUT is smollm2-short, with smollm2-short-healed beside it, or tiny-llava-frozen.
     """
     if asked.vision:
         return _demo_vision(asked.out or "tiny-llava-frozen", overwrite=asked.overwrite, quiet=asked.quiet)
@@ -216,9 +222,10 @@ def _demo_text(out: str, *, overwrite: bool, quiet: bool) -> DemoReport:
     base = open_model(embedded_model(), quiet=quiet)
     count = round(base.base.blocks * DEMO_SHARE)
     pruned = prune(base.name, out, count=count, metric="block-influence,angular", overwrite=overwrite, quiet=quiet)
+    healed = heal(out, f"{out}-healed", overwrite=overwrite, quiet=quiet, **HEALING)
     say("measuring speed", quiet=quiet)
     before, after = measure_speed([load_model(base.folder), load_model(Path(out))], runs=SPEED_RUNS)
     speeds = {"base": before, "shortened": after}
     found = {name: {"prompt tokens/s": each.prefill, "new tokens/s": each.decode} for name, each in speeds.items()}
     write_report(Path(out) / "report.html", pruned.page.measured(found))
-    return DemoReport(pruned, before, after)
+    return DemoReport(pruned, healed, before, after)

@@ -17,12 +17,14 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shortcut
+from shortcut.checking.benchmark import Benchmark
 from shortcut.checking.samples import PROMPTS, SHOWN_QUESTIONS, Sample, as_uri, pair_samples, write_on
 from shortcut.checking.speed import Speed
 from shortcut.checking.trials import Trial, Trials
 from shortcut.cli import _parse
 from shortcut.material.drawings import draw
 from shortcut.material.pictures import Pair, Pictures
+from shortcut.publish.heal_report import HealReport
 from shortcut.publish.report import Report, write_report
 from shortcut.records.actions import Action
 from shortcut.records.block_lists import format_blocks
@@ -161,7 +163,12 @@ def test_questions_are_shown_with_their_images() -> None:
 
 def test_demos_end_with_its_path(pruned: PruneReport) -> None:
     """The last line of both demonstrations names the report."""
-    text = DemoReport(pruned, Speed(1, 2), Speed(3, 4)), VisionReport(pruned, Curves(1, (0,), {}, {"random 0": (0.5,)}))
+    sizes = (pruned.cut.parameters_before, pruned.cut.parameters_after), (1, 1)
+    healed = HealReport(pruned.cut.out, ("refit",), (), *sizes, pruned.check, pruned.check, Benchmark({}, {}))
+    text = (
+        DemoReport(pruned, healed, Speed(1, 2), Speed(3, 4)),
+        VisionReport(pruned, Curves(1, (0,), {}, {"random 0": (0.5,)})),
+    )
     for report in text:
         path = str(report).splitlines()[-1].removeprefix("the whole report: ")
         assert Path(path).samefile(Path(pruned.cut.out) / "report.html")
