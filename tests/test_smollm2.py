@@ -103,7 +103,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     """The demo prints scores, blocks, sizes, speeds, finite perplexities, and two lines of Python that work."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("shortcut.verbs.demo.prune", partial(shortcut.prune, samples=4, length=64))
-    monkeypatch.setitem(HEALING, "samples", 8)
+    monkeypatch.setattr("shortcut.verbs.demo.HEALING", {**HEALING, "samples": 48, "length": 64})
     monkeypatch.setattr(speed, "measure_speed", partial(speed.measure_speed, prompt=32, new_tokens=4))
     assert main(["demo", "--quiet"]) == 0
     printed = capsys.readouterr().out

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from shortcut.publish.heal_report import HealReport
 
 DEMO_SHARE = 0.2  # of the blocks
-HEALING: dict[str, Any] = {"method": "refit", "samples": 16, "length": 256, "own": 0}  # half a minute's worth
+HEALING: dict[str, Any] = {"method": "refit", "samples": 8, "own": 0}  # little, so that it does not take long
 SPEED_RUNS = 5
 FROZEN = 8  # of the 12 blocks of the small vision-language model
 COUNTS = (0, 2, 4, 6, 8, 10, 11, 12)  # of frozen blocks, with which accuracy is measured
