@@ -64,7 +64,7 @@ class HealOptions(TrainingInDetail, Own, Heldout, Text, Offload, Running, Overwr
     questions: Questions = "default"
 
 
-@verb(HealOptions, first="method minutes data", example="shorter healed --method distill", presets=HEAL_PRESETS)
+@verb(HealOptions, first="method minutes data", example="shorter healed --method refit", presets=HEAL_PRESETS)
 def heal(asked: HealOptions) -> "HealReport":
     """Win back some of what shortening cost, and write the healed checkpoint to OUT; SHORT stays as it is.
 

@@ -106,7 +106,7 @@ class PruneOptions(
     ] = None
 
 
-@verb(PruneOptions, first="count ratio heal", example="org/model shorter --ratio 25%", presets=PRESETS)
+@verb(PruneOptions, first="count ratio heal", example="org/model shorter --ratio 25% --heal refit", presets=PRESETS)
 def prune(asked: PruneOptions) -> PruneReport:
     """Score, plan, cut and check in one go, and leave plan, scores, record, model card and report in OUT.
 
