@@ -117,6 +117,8 @@ def most_moves(rule: Select, free: Sequence[int], depth: int, allow: Sequence[Ac
     """
     if rule == "deepest":
         return sum(block != depth - 1 for block in free)
+    if rule == "healed":  # nothing stands in front of the first
+        return sum(block != 0 for block in free)
     if rule == "span":
         runs = groupby(enumerate(free), key=lambda pair: pair[1] - pair[0])
         return min(max((len(list(run)) for _, run in runs), default=0), depth - 1)

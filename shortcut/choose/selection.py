@@ -86,7 +86,7 @@ def select_plan(
     aside = max(1, text.samples // 4) if request.is_open or request.healed else 0
     taken = take_text(base, text, text.samples + aside, images=images, trust_remote_code=how.trust_remote_code)
     with open_live(base, how, quiet=quiet) as live:
-        own = count_own(taken, request.own) if request.healed else 0
+        own = count_own(taken, request.own, live, quiet=quiet) if request.healed else 0
         both = with_own_text(taken, own, base, lambda: live, how, seed=text.seed, quiet=quiet)
         calibration, validation = both.split(max(1, len(both.sequences) // 5)) if aside else (both, None)
         say(f"scoring {depth} blocks of {base.name} on {calibration.tokens} tokens", quiet=quiet)

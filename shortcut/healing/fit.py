@@ -34,7 +34,7 @@ def fit(patient: Patient, method: Method, material: "Material", asked: Fitting) 
     """Heal without training. Raises ShortcutError where that does not help."""
     from shortcut.healing import refit, scale
     from shortcut.healing.changes import names_in
-    from shortcut.healing.own_text import with_own_text
+    from shortcut.healing.own_text import count_own, with_own_text
     from shortcut.healing.saved_fit import SavedFit
     from shortcut.live.blocks import device_of
     from shortcut.live.decoder import Decoder
@@ -43,7 +43,7 @@ def fit(patient: Patient, method: Method, material: "Material", asked: Fitting) 
     plan, quiet = patient.plan, patient.how.quiet
     saved = None
     with open_live(patient.base, patient.how, offload=asked.offload, quiet=quiet) as live:
-        own = _count_own(material, asked.own, live, quiet=quiet)
+        own = count_own(material, asked.own, live, quiet=quiet)
         both = with_own_text(material, own, patient.base, lambda: live, patient.how, seed=asked.seed, quiet=quiet)
         fitting, deciding = both.split(max(1, len(both.sequences) // 4))
         say(f"{method}: fitted on {fitting.tokens} tokens, and {deciding.tokens} others decide", quiet=quiet)
@@ -67,17 +67,6 @@ def fit(patient: Patient, method: Method, material: "Material", asked: Fitting) 
     record = {"method": method, "fits": [fit.record() for fit in fits], "data": material.record(), "own": own}
     lines = tuple(f"{method}: {fit}" for fit in fits)
     return Healing(names_in(patient.cut, plan, changed), record, lines, saved=saved)
-
-
-def _count_own(material: "Material", asked: int | None, live: Any, *, quiet: bool) -> int:
-    """How many sequences the base is to write; none if not asked for where each token would take all of a disk."""
-    from shortcut.healing.own_text import count_own
-    from shortcut.live.offload import is_offloaded
-
-    if asked is None and is_offloaded(live):
-        say("no text is written to learn from, as blocks are on the disk: see --own", quiet=quiet)
-        return 0
-    return count_own(material, asked)
 
 
 def write_healed(patient: Patient, steps: Sequence[Healing], folder: Path) -> Checkpoint:

@@ -23,10 +23,11 @@ from shortcut.checkpoint.open import identify
 from shortcut.common.cache import place_for
 from shortcut.common.errors import ShortcutError
 from shortcut.common.processes import add_up, share
-from shortcut.common.progress import track
+from shortcut.common.progress import say, track
 from shortcut.healing.saved import write_whole
 from shortcut.live.blocks import device_of
 from shortcut.live.load import LOADING_ERRORS, Model, load_tokenizer
+from shortcut.live.offload import is_offloaded
 from shortcut.material.calibration import Calibration, chat_template_of, leading_bos, tokenise
 from shortcut.options.groups import Loading
 
@@ -38,18 +39,23 @@ SEQUENCES = 32  # at most, where their number is not given
 SHORT = 128  # tokens of a text, of which several make a sequence: short ones are written faster, as more go at once
 
 
-def count_own(material: "Material", asked: int | None) -> int:
+def count_own(material: "Material", asked: int | None, live: Model | None = None, *, quiet: bool = True) -> int:
     """How many sequences the base is to write: as many as there are, and no more than `SEQUENCES`, if not asked for.
 
-    Raises ShortcutError for a negative number, and where text is asked for beside images, of which none is written.
+    live: the base, where it is loaded; if its blocks are on the disk, which each token would take all of, none are
+    written if not asked for. Raises ShortcutError for a negative number, and where text is asked for beside images, of
+    which none is written.
     """
     if asked is not None and asked < 0:
         raise ShortcutError("--own cannot be negative")
-    if isinstance(material, Calibration):
-        return min(len(material.sequences), SEQUENCES) if asked is None else asked
-    if asked:
-        raise ShortcutError("--own is text, and this model learns from questions about images")
-    return 0
+    if not isinstance(material, Calibration):
+        if asked:
+            raise ShortcutError("--own is text, and this model learns from questions about images")
+        return 0
+    if asked is None and live is not None and is_offloaded(live):
+        say("no text is written to learn from, as blocks are on the disk: see --own", quiet=quiet)
+        return 0
+    return min(len(material.sequences), SEQUENCES) if asked is None else asked
 
 
 def with_own_text(

@@ -27,14 +27,7 @@ from shortcut.healing.cosine import Rows, turn
 from shortcut.healing.projections import find_normed, find_projection, is_transposed, weights_of
 from shortcut.healing.saved_fit import SavedFit
 from shortcut.healing.squares import gather
-from shortcut.healing.streams import (
-    UNCHANGED,
-    Changes,
-    Streams,
-    check_plan,
-    inputs_of,
-    perplexities_behind,
-)
+from shortcut.healing.streams import UNCHANGED, Changes, Streams, check_plan, inputs_of, perplexities_behind
 from shortcut.live.decoder import PROBE, Batch, Decoder
 from shortcut.live.offload import resident
 from shortcut.records.actions import GONE, Action
@@ -47,10 +40,8 @@ START = 1e-2  # the ridge of what is solved before any was chosen
 # Blocks behind a span go half of the way: all of it wins little more on text like that which was fitted on, and loses
 # much on other text.
 LATER, PART = (1e-1,), 0.5
-GAIN, PATIENCE = (
-    5e-3,
-    2,
-)  # a block behind a span has to lower the perplexity by so much; after so many that do not, none
+# They have to lower the perplexity by such a part; after so many in a row that do not, no other is tried.
+GAIN, PATIENCE = 5e-3, 2
 
 
 @dataclass(frozen=True)
@@ -144,7 +135,7 @@ def fit_refits(
     ShortcutError for blocks that cannot be run one by one, for plans that do more than drop blocks and halves, and
     where no projection in front of a span adds straight to the stream.
     """
-    check_plan(decoder, plan, batches[0], f"{method}ting" if method == "refit" else f"{method}ing")
+    check_plan(decoder, plan, batches[0], {"refit": "refitting", "fold": "folding"}[method])
     probe = Streams.start(decoder, Batch(batches[0].ids[:1, :PROBE], batches[0].mask[:1, :PROBE]))
     fitting, checking = ([Streams.start(decoder, batch) for batch in share(each)] for each in (batches, deciding))
     fitter = _Fitter(decoder, plan, probe, fitting, checking, method, objective, saved)
@@ -196,8 +187,10 @@ class _Fitter:
         idle = [not refit.span and not refit.changes for refit in self.found[-PATIENCE:]]
         if not span and (self.method == "fold" or idle == [True] * PATIENCE):
             return UNCHANGED
-        refit = self._read(block) or self._fit(span, block, action)
-        self._keep(refit)
+        refit = self._read(block)
+        if refit is None:
+            refit = self._fit(span, block, action)
+            self._keep(refit)
         self.found.append(refit)
         return refit.changes
 
@@ -215,6 +208,7 @@ class _Fitter:
             self.saved.keep(refit.block, record, refit.changes)
 
     def _fit(self, span: tuple[int, ...], block: int, action: Action) -> Refit:
+        """What is found of a block. Raises ShortcutError where it stands in front of a span, and nothing can be."""
         try:
             names = self._projections(block, action)
         except ShortcutError:

@@ -118,7 +118,7 @@ def prune(asked: PruneOptions) -> PruneReport:
     if asked.heal is not None:
         return _prune_and_heal(asked)
     if handed_on(Training, asked) != Training() or (asked.own is not None and "healed" not in asked.select):
-        raise ShortcutError(f"{_OF_TRAINING} and --own say how to heal: name a way with --heal")
+        raise ShortcutError("--minutes, --bf16 and --own say how to heal: name a way with --heal")
     return prune_checkpoint(asked, own=asked.own)
 
 

@@ -61,6 +61,8 @@ def sweep(asked: SweepOptions) -> "Trials":
         raise ShortcutError(
             f"sweep compares perplexities, of which {asked.allow} says nothing: see score, freeze and demo"
         )
+    if "healed" in parse_rules(asked.select):
+        raise ShortcutError("sweep tries plans as they are cut: --select healed is for prune")
     pick_dtype(asked.dtype, pick_device(asked.device))
     check_files(asked.out, asked.plot)
     checkpoint = open_model(asked.model, asked.revision, quiet=asked.quiet)

@@ -105,6 +105,7 @@ def test_prune_chooses_with_healing_in_mind(base: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"select": "healed", "allow": "drop,mlp-only", "count": 1}, "--select healed takes one action"),
+        ({"select": "healed", "candidates": "0-2", "count": 3}, "cannot drop 3 of 7 blocks: 1 to 2 can go"),
         ({"select": "lowest", "own": 3, "count": 1}, "--own say how to heal: name a way with --heal"),
     ],
 )

@@ -161,7 +161,7 @@ def test_prune_goes_on_with_healing(base: Path, tmp_path: Path) -> None:
         shortcut.prune(base, tmp_path / "other", drop="2", heal="scale", minutes=1.0, **how)
     with pytest.raises(ShortcutError, match=r"bad\.cut is not empty"):
         shortcut.prune(base, tmp_path / "bad", drop="0-1", heal="fold", **how)
-    with pytest.raises(ShortcutError, match="--minutes and --bf16 and --own say how to heal: name a way"):
+    with pytest.raises(ShortcutError, match="--minutes, --bf16 and --own say how to heal: name a way"):
         shortcut.prune(base, tmp_path / "other", drop="2", minutes=1.0, **how)
 
 
@@ -515,25 +515,18 @@ def test_two_processes_train_as_one(short: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["refit", "scale"])
+@pytest.mark.parametrize("method", ["refit", "fold"])
 def test_two_processes_fit_as_one(method: str, short: Path, tmp_path: Path) -> None:
     """Each walks with half of the batches; sums and prices are of all."""
     how: dict[str, Any] = {"samples": 24, "length": 24, "own": 8}
-    if method == "scale":  # of this model none pays: it is measured in two processes all the same
-        with pytest.raises(ShortcutError, match="nothing that scale can do"):
-            shortcut.heal(short, tmp_path / "one", method=method, quiet=True, **how)
-    else:
-        shortcut.heal(short, tmp_path / "one", method=method, quiet=True, **how)
+    shortcut.heal(short, tmp_path / "one", method=method, quiet=True, **how)
     words = [word for name, value in how.items() for word in (f"--{name}", str(value))]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "shortcut"]
     argv = ["heal", str(short), str(tmp_path / "two"), "--method", method, "--json", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run([*launch, *argv], env=environment, capture_output=True, text=True)
-    if method == "scale":
-        assert "nothing that scale can do lowers the perplexity" in done.stderr
-        return
     assert done.returncode == 0, done.stderr
     one, two, before = weights(tmp_path / "one"), weights(tmp_path / "two"), weights(short)
-    assert sum(not torch.equal(one[name], before[name]) for name in one) >= 4
+    assert sum(not torch.equal(one[name], before[name]) for name in one) >= (4 if method == "refit" else 1)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-6)
