@@ -10,7 +10,7 @@ TORCH := torch==2.13.0
 # What builds this package and those that come as source alone; .lock.txt names its releases too.
 BACKEND := editables hatchling setuptools wheel
 
-.PHONY: demo test quick coverage check lint types fix bench fuzz sweep matrix build lock newest bounds clean
+.PHONY: demo test quick coverage check lint types fix bench bench-quality fuzz sweep matrix build lock newest bounds clean
 
 demo: $(READY)            ## shorten the embedded model by a fifth and show what it cost
 	$(BIN)/shortcut demo --overwrite
@@ -39,6 +39,13 @@ fix: $(READY)
 
 bench: $(READY) .mergekit/.ready .short-transformers/.ready  ## speed and memory, as JSON lines with a rival in the same run
 	$(BIN)/python -m tests.bench
+
+# Quality is measured on this text and on a novel that comes along.
+MODEL ?= smollm2-135m
+TEXT ?= Salesforce/wikitext:wikitext-2-raw-v1
+bench-quality: $(READY)   ## two hours: cut to three sizes, healed without training, beside others; goes on where it was killed
+	$(BIN)/python -m tests.bench.quality --model "$(MODEL)" --text "$(TEXT)" --out .quality.jsonl
+	$(BIN)/python -m tests.bench.table .quality.jsonl
 
 fuzz: $(READY)            ## ten minutes of hostile checkpoints; stops at the first that is not refused or cut rightly
 	$(BIN)/python -m tests.fuzz --seconds 600
@@ -97,4 +104,4 @@ $(READY): pyproject.toml .lock.txt
 	touch $@
 
 clean:
-	rm -rf .venv .newest .bounds .uv .matrix .mergekit .short-transformers dist build .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .newest .bounds .uv .matrix .mergekit .short-transformers dist build .quality.jsonl .coverage .pytest_cache .mypy_cache .ruff_cache

@@ -2,24 +2,25 @@
 
 What a block costs when it is gone says little of what it costs when the block in front stands in for it. So every
 candidate is left out, the last projection in front of the gap is refitted to carry the stream across, and the rest
-predicts deciding text: the block goes that the text misses least. Gaps that are there already are refitted on the way.
-Only the most promising candidates are tried, by another score at first, and then by their own last price: what was
-dear stays dear.
+predicts deciding text: the block goes that the text misses least. Gaps that are there already are refitted then.
+
+What was dear stays dear: from the second round on, candidates are tried from the one that last cost least, until the
+next one last cost more than the cheapest of this round does now (the lazy greedy rule of Minoux, 1978).
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from shortcut.common.processes import share
-from shortcut.common.progress import track
+from shortcut.common.progress import gauge
 from shortcut.healing.projections import find_projection
 from shortcut.healing.squares import gather
 from shortcut.healing.streams import UNCHANGED, Changes, Streams, perplexities_behind
-from shortcut.live.blocks import device_of, hidden_input
+from shortcut.live.blocks import device_of
 from shortcut.live.decoder import PROBE, Batch, Decoder
 from shortcut.live.load import Model
 from shortcut.live.offload import free_memory, resident
@@ -29,15 +30,16 @@ from shortcut.records.actions import Move
 from shortcut.records.plan import Base, Plan
 from shortcut.scoring.spill import Budget, SpillDict
 
-PROMISING = 8  # candidates that are tried in every round, and twice as many in the first
 RIDGE = 1e-2
 
 
 @dataclass
 class Search:
-    """A model without what has gone. states: of the base, behind every block, by batch of the fitting text.
+    """A model without what has gone, and its gaps refitted.
 
-    changes: what stands for the gaps, by the block in front of each.
+    ahead: the base's stream behind every block, of the fitting text; fronts: the shorter stream in front of every block
+    that is kept, of both texts; by place of the batch and number of the block. changes: what stands for the gaps, by
+    the block in front of each.
     """
 
     decoder: Decoder
@@ -45,7 +47,8 @@ class Search:
     probe: Streams
     fitting: Sequence[Streams]
     checking: Sequence[Streams]
-    states: SpillDict[tuple[int, int]]
+    ahead: SpillDict[tuple[int, int]]
+    fronts: SpillDict[tuple[int, int]]
     gone: set[int] = field(default_factory=set)
     changes: dict[int, Changes] = field(default_factory=dict)
 
@@ -61,21 +64,26 @@ class Search:
         batches, others = (each.batches(how.batch_size, device) for each in (fitting, deciding))
         probe = Streams.start(decoder, Batch(batches[0].ids[:1, :PROBE], batches[0].mask[:1, :PROBE]))
         walking, checking = ([Streams.start(decoder, batch) for batch in share(each)] for each in (batches, others))
-        states: SpillDict[tuple[int, int]] = SpillDict(Budget(free_memory(device) // 4, folder))
+        budget = Budget(free_memory(device) // 4, folder)
+        ahead, fronts = SpillDict[tuple[int, int]](budget), SpillDict[tuple[int, int]](budget)
         for number, block in enumerate(decoder.blocks):
             with resident(block):
                 for place, streams in enumerate(walking):
-                    streams.base = states[place, number] = decoder.run(number, streams.base, streams.calls[number])
-        return cls(decoder, base, probe, walking, checking, states)
+                    streams.base = ahead[place, number] = decoder.run(number, streams.base, streams.calls[number])
+        for place, streams in enumerate((*walking, *checking)):
+            fronts[place, 0] = streams.short
+        return cls(decoder, base, probe, walking, checking, ahead, fronts)
+
+    @property
+    def kept(self) -> list[int]:
+        """The blocks that are left."""
+        return [number for number in range(self.base.blocks) if number not in self.gone]
 
     @torch.inference_mode()
     def price(self, plan: Plan) -> float:
         """The perplexity of deciding text under a plan that drops blocks, with its gaps refitted."""
         self.gone, self.changes = set(plan.dropped), {}
-        self._round(())
-        found = [[streams.short for streams in self.checking]]
-        (price,) = perplexities_behind(self.decoder, plan, max(plan.kept), self.checking, found)
-        return price
+        return self._walk(0)
 
     @torch.inference_mode()
     def remove(
@@ -83,58 +91,71 @@ class Search:
     ) -> tuple[Move, ...]:
         """The blocks that go one by one, the cheapest first, until that is enough, and so many at most.
 
-        candidates: the most promising first; nothing can stand for the first block of the model. Raises ShortcutError
-        where no projection in front of a gap adds straight to the stream.
+        Of equal ones the deepest goes; nothing can stand for the first block of the model, which stays. Raises
+        ShortcutError where no projection in front of a gap adds straight to the stream.
         """
         self.gone, self.changes = set(), {}
-        left, known, moves = [block for block in candidates if block], dict[int, float](), list[Move]()
-        for number in track(range(most), "removing", quiet=quiet):
-            tried = left[: PROMISING if number else 2 * PROMISING]
-            if not tried or enough(self.gone):
-                break
-            prices, (best, front, changes) = self._round(tried)
-            known |= prices
-            left = sorted((block for block in left if block != best), key=lambda block: known.get(block, math.inf))
-            self.gone.add(best)
-            self.changes.pop(best, None)  # what it stood for is now part of a longer gap
-            self.changes[front] = changes
-            moves.append(Move(best, "drop"))
+        before, moves = math.log(self._walk(0)), list[Move]()
+        added = {block: -math.inf for block in candidates if block}  # to the log perplexity, when it was last tried
+        with gauge("choosing", quiet=quiet) as show:
+            while added and len(moves) < most and not enough(self.gone):
+                best, front, changes = -1, -1, UNCHANGED
+                for tries, block in enumerate(sorted(added, key=lambda block: (added[block], -block))):
+                    if best >= 0 and added[block] >= added[best]:
+                        break
+                    price, where, what = self._try(block)
+                    added[block] = math.log(price) - before
+                    if best < 0 or added[block] < added[best]:
+                        best, front, changes = block, where, what
+                    show((len(moves) + (tries + 1) / len(added)) / most, f"block {block}: perplexity {price:.2f}")
+                self.gone.add(best)
+                self.changes.pop(best, None)  # what it stood for is now part of a longer gap
+                self.changes[front] = changes
+                moves.append(Move(best, "drop"))
+                before = math.log(self._walk(front))
+                del added[best]
         return tuple(moves)
 
-    def _round(self, candidates: Collection[int]) -> tuple[dict[int, float], tuple[int, int, Changes]]:
-        """The price of every candidate, and of the cheapest, or the deepest of equal ones, what takes its place where.
+    def _walk(self, first: int) -> float:
+        """Go from in front of a block to the end, with the gaps on the way refitted; gives the perplexity there.
 
-        Gaps that are there are refitted on the way.
+        The gap behind that block itself is left as it is where something stands for it.
         """
-        prices: dict[int, float] = {}
-        cheapest: tuple[int, int, Changes] = (-1, -1, UNCHANGED)
-        for streams in (*self.fitting, *self.checking):
-            streams.short = hidden_input(*streams.calls[0])
-        kept = [number for number in range(self.base.blocks) if number not in self.gone]
-        ends = {block: following - 1 for block, following in zip(kept, [*kept[1:], self.base.blocks], strict=True)}
-        for front, victim in zip(kept, [*kept[1:], None], strict=True):
-            with resident(self.decoder.blocks[front]):
-                if ends[front] > front:
-                    self.changes[front] = self._refit(front, ends[front])
-                if victim is not None and victim in candidates:
-                    changes = self._refit(front, ends[victim])
-                    prices[victim] = self._price(front, victim, changes)
-                    if prices[victim] <= min(prices.values()):
-                        cheapest = victim, front, changes
-                for streams in (*self.fitting, *self.checking):
-                    streams.short = streams.behind(self.decoder, front, "keep", self.changes.get(front, UNCHANGED))
-        return prices, cheapest
+        both, kept = (*self.fitting, *self.checking), self.kept
+        for place, streams in enumerate(both):
+            streams.short = self.fronts[place, first]
+        for block in (block for block in kept if block >= first):
+            with resident(self.decoder.blocks[block]):
+                for place, streams in enumerate(both):
+                    self.fronts[place, block] = streams.short
+                behind = self._end(block)
+                if behind > block and (block > first or block not in self.changes):
+                    self.changes[block] = self._refit(block, behind)
+                for streams in both:
+                    streams.short = streams.behind(self.decoder, block, "keep", self.changes.get(block, UNCHANGED))
+        plan, found = Plan.dropping(self.base, self.gone), [[streams.short for streams in self.checking]]
+        (price,) = perplexities_behind(self.decoder, plan, kept[-1], self.checking, found)
+        return price
+
+    def _end(self, block: int) -> int:
+        """The last block of the gap that starts behind a block, or that block."""
+        return next(end for end in range(block, self.base.blocks) if end + 1 not in self.gone)
+
+    def _try(self, victim: int) -> tuple[float, int, Changes]:
+        """What the perplexity is without one block more, the block in front of the gap, and its changes for that."""
+        front = max(block for block in self.kept if block < victim)
+        with resident(self.decoder.blocks[front]):
+            for place, streams in enumerate((*self.fitting, *self.checking)):
+                streams.short = self.fronts[place, front]
+            changes = self._refit(front, self._end(victim))
+            tried = [[streams.behind(self.decoder, front, "keep", changes) for streams in self.checking]]
+        plan = Plan.dropping(self.base, {*self.gone, victim})
+        (price,) = perplexities_behind(self.decoder, plan, front, self.checking, tried, self.changes)
+        return price, front, changes
 
     def _refit(self, front: int, behind: int) -> Changes:
         """What brings the stream behind a block to where the base's is behind a later one."""
         for place, streams in enumerate(self.fitting):
-            streams.base = self.states[place, behind]
+            streams.base = self.ahead[place, behind]
         name = find_projection(self.decoder, front, self.probe)
         return {name: gather(self.decoder, front, "keep", [name], self.fitting).solve([RIDGE])[RIDGE]}
-
-    def _price(self, front: int, victim: int, changes: Changes) -> float:
-        """The perplexity of deciding text without one block more, the one in front of it changed so."""
-        tried = [[streams.behind(self.decoder, front, "keep", changes) for streams in self.checking]]
-        plan = Plan.dropping(self.base, {*self.gone, victim})
-        (price,) = perplexities_behind(self.decoder, plan, front, self.checking, tried, self.changes)
-        return price

@@ -128,7 +128,7 @@ def _choose(
 
 def _remove(search: "Search", scores: Scores, request: Request, how: Running) -> tuple[Move, ...]:
     """The order in which blocks go when the rest is refitted each time: as many as are wanted."""
-    wanted, first = request.wanted, scores.of_blocks(request.metrics[0].name)
+    wanted = request.wanted
     may_go = [block for block in range(scores.base.blocks) if block not in wanted.staying]
     share = 1.0 if wanted.share is None else wanted.share
 
@@ -136,4 +136,4 @@ def _remove(search: "Search", scores: Scores, request: Request, how: Running) ->
         return sum(scores.size(block, "drop") for block in gone) >= share * scores.parameters
 
     most = len(may_go) if wanted.count is None else wanted.count
-    return search.remove(sorted(may_go, key=lambda block: first[block]), most, enough, quiet=how.quiet)
+    return search.remove(may_go, most, enough, quiet=how.quiet)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -106,7 +107,7 @@ def write_sequences(
             some = min(room, rows - first)
             files[folder / f"own-{size}-{kind}-{first:07}-{some}.safetensors"] = (start, some)
     for file in track(share(list(files)), "writing text to learn from", quiet=quiet):
-        if not file.exists():
+        if not _is_whole(file):
             drawn = _draw(load(), *files[file], size, seed=hash((seed, *map(int, file.stem.split("-")[2:]))))
             write_whole(file, partial(save_file, {"ids": drawn.int().cpu()}), "what was written before is kept")
     add_up(torch.zeros(1))  # until all have written theirs
@@ -115,6 +116,14 @@ def write_sequences(
         written[start] += load_file(file)["ids"].tolist()
     texts = [written[start].pop() for start in turns]
     return tuple(tuple(chain(*texts[first : first + each]))[:length] for first in range(0, len(texts), each))
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether texts are there, and not damaged."""
+    try:
+        return "ids" in load_file(file)
+    except (OSError, SafetensorError):
+        return False
 
 
 def starts_of(tokenizer: Any) -> list[tuple[int, ...]]:

@@ -12,8 +12,8 @@ Folding is the restricted form: in front of spans alone, in the last projection 
 of what that projection adds to the stream (ReplaceMe, arXiv:2505.02819).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from shortcut.common.errors import ShortcutError
 from shortcut.common.processes import share
-from shortcut.common.progress import track
+from shortcut.common.progress import gauge, say
 from shortcut.healing.cosine import Rows, turn
 from shortcut.healing.projections import find_normed, find_projection, is_transposed, weights_of
 from shortcut.healing.saved_fit import SavedFit
 from shortcut.healing.squares import gather
 from shortcut.healing.streams import UNCHANGED, Changes, Streams, check_plan, inputs_of, perplexities_behind
+from shortcut.healing.stretches import Stretch, runs_of
 from shortcut.live.decoder import PROBE, Batch, Decoder
 from shortcut.live.offload import resident
 from shortcut.records.actions import GONE, Action
@@ -42,14 +43,6 @@ START = 1e-2  # the ridge of what is solved before any was chosen
 LATER, PART = (1e-1,), 0.5
 # They have to lower the perplexity by such a part; after so many in a row that do not, no other is tried.
 GAIN, PATIENCE = 5e-3, 2
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A kept block and the dropped ones behind it. block: None for those in front of the first that is kept."""
-
-    block: int | None
-    covered: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -106,15 +99,6 @@ def new_weights(decoder: Decoder, refits: Sequence[Refit]) -> dict[int, dict[str
     return changed
 
 
-def stretches(plan: Plan) -> Iterator[Stretch]:
-    """A plan's kept blocks in order, each with what is dropped behind it."""
-    first = next(iter(plan.kept), len(plan.actions))
-    if first:
-        yield Stretch(None, tuple(range(first)))
-    for block, following in zip(plan.kept, (*plan.kept[1:], len(plan.actions)), strict=True):
-        yield Stretch(block, tuple(range(block, following)))
-
-
 @torch.inference_mode()
 def fit_refits(
     decoder: Decoder,
@@ -139,14 +123,24 @@ def fit_refits(
     probe = Streams.start(decoder, Batch(batches[0].ids[:1, :PROBE], batches[0].mask[:1, :PROBE]))
     fitting, checking = ([Streams.start(decoder, batch) for batch in share(each)] for each in (batches, deciding))
     fitter = _Fitter(decoder, plan, probe, fitting, checking, method, objective, saved)
-    for stretch in track(list(stretches(plan)), method, quiet=quiet):
-        fitter.go(stretch)
+    work, done = runs_of(plan, looks=len(RIDGES), later=len(LATER) if method == "refit" else 0), 0.0
+    with gauge(method, quiet=quiet) as show:
+        for stretch, runs in work.items():
+            fitter.go(stretch)
+            done += runs
+            show(done / sum(work.values()), "")
+    if fitter.left:
+        halves = " and ".join(f"{half} of {len(blocks)} blocks" for half, blocks in sorted(fitter.left.items()))
+        say(f"{method} leaves the {halves} as it is: no one projection there adds to the stream", quiet=quiet)
     return [refit for refit in fitter.found if refit.changes]
 
 
 @dataclass
 class _Fitter:
-    """A model on its way through its blocks. found: what was decided for every block, also where that is nothing."""
+    """A model on its way through its blocks. found: what was decided for every block, also where that is nothing.
+
+    left: the halves of blocks in which nothing can be solved.
+    """
 
     decoder: Decoder
     plan: Plan
@@ -157,6 +151,7 @@ class _Fitter:
     objective: Objective
     saved: SavedFit | None
     found: list[Refit] = field(default_factory=list)
+    left: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     @property
     def all(self) -> list[Streams]:
@@ -241,10 +236,12 @@ class _Fitter:
         found: dict[str, str | None] = {}
         halves: Sequence[Action] = (action,) if GONE[action] else ("attention-only", "mlp-only")
         for half in halves if self.method == "refit" else ():
-            with suppress(ShortcutError):  # experts, or no halves at all
+            try:
                 normed = find_normed(self.decoder, block, self.probe, half)
                 name, norm = normed or (find_projection(self.decoder, block, self.probe, half), None)
                 found[name] = norm
+            except ShortcutError:  # experts, or no halves at all
+                self.left["attention" if half == "attention-only" else "MLP"].add(block)
         return found or {find_projection(self.decoder, block, self.probe, action): None}
 
     def _solve(

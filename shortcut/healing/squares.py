@@ -1,4 +1,7 @@
-"""Least squares towards what is there already, from sums that are gathered batch by batch, in float64."""
+"""Least squares towards what is there already, from sums that are gathered batch by batch.
+
+Products of a batch are made in float32, which is several times as fast on any hardware, and summed in float64.
+"""
 
 from collections.abc import Sequence
 
@@ -27,10 +30,10 @@ class Squares:
 
         The few tokens whose states are a hundred times as long as others would decide almost alone otherwise.
         """
-        lengths = base.double().norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        inputs, missing = inputs.double() / lengths, missing.double() / lengths
-        self.gram.addmm_(inputs.T, inputs)
-        self.cross.addmm_(inputs.T, missing)
+        lengths = base.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        inputs, missing = inputs.float() / lengths, missing.float() / lengths
+        self.gram += inputs.T @ inputs
+        self.cross += inputs.T @ missing
 
     def solve(self, ridges: Sequence[float]) -> dict[float, Tensor]:
         """By ridge, the D that minimises ‖H D - R‖² + ridge m ‖D‖², m the mean square of H's columns."""

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-NAMES = ("cut", "score", "spans", "speed", "vision")
+NAMES = ("cut", "refit", "score", "spans", "speed", "vision")
 
 
 def main() -> int:

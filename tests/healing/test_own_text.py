@@ -80,6 +80,7 @@ def test_sequences_are_whole(
             assert len(list(shared.iterdir())) == 12
     monkeypatch.setattr(own_text, "share", lambda files: files)
     (tmp_path / "own-30-0-0000003-3.safetensors").unlink()
+    (tmp_path / "own-30-0-0000006-3.safetensors").write_bytes(b"damaged")
     assert write_sequences(lambda: model, tokenizer, 70, 30, tmp_path, **HOW) == rows
     (tmp_path / "other").mkdir()
     assert write_sequences(lambda: model, tokenizer, 70, 30, tmp_path / "other", seed=4, quiet=True) != rows
