@@ -149,6 +149,8 @@ def test_a_dry_run_writes_nothing(capsys, llama, tmp_path):
     """A dry run says what would be written, to the byte, and leaves no trace."""
     printed = succeeds(capsys, ["cut", str(llama), "out", "--drop", "4-5", "--dry-run"])
     assert printed.startswith("would write out\ndrops  4-5\nkeeps  0-3,6 (5 of 7 blocks)\n")
+    printed = succeeds(capsys, ["cut", str(llama), "out", "--keep", "every-second", "--dry-run"])
+    assert printed.startswith("would write out\ndrops  1,3,5\nkeeps  0,2,4,6 (4 of 7 blocks)\n")
     assert list(tmp_path.iterdir()) == []
     report = json.loads(succeeds(capsys, ["cut", str(llama), "out", "--drop", "4-5", "--dry-run", "--json"]))
     assert report["written"] is False
@@ -182,6 +184,10 @@ MISTAKES = {
     "inspect org/name": "cannot get org/name from the Hub",
     "plan {llama} --count 2": "--select lowest needs scores",
     "plan {llama} --count 7 --select deepest": "cannot drop 7 of 7 blocks: 1 to 6 can go",
+    "plan {llama} --count 7 --select spaced": "cannot drop 7 of 7 blocks: 1 to 6 can go",
+    "plan {llama} --keep 0-5 --drop 6": "say which blocks go, or which stay, not both",
+    "plan {llama} --keep none": "cannot read 'none' in the block list 'none'",
+    "plan {llama} --keep every-other": "cannot read 'every-other' in the block list 'every-other'",
     "plan gone.json --count 2": "no scores at gone.json",
     "plan {llama} --drop 2 --out full": "cannot write full: Is a directory",
     "plan {llama} --drop 2 --out .": "cannot write .",

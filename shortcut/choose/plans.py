@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shortcut.choose.rules import (
+    BY_PLACE,
     HEALED,
     Choice,
     Select,
@@ -19,7 +20,7 @@ from shortcut.records.actions import LISTED, Action, parse_actions
 from shortcut.records.plan import Base, Plan, parse_moves
 from shortcut.records.scores import Scores
 
-BY_HAND = "--drop (or --attention-only, --mlp-only, --last-token and --freeze-visual)"
+BY_HAND = "--drop (or --keep, --attention-only, --mlp-only, --last-token and --freeze-visual)"
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def read_wanted(
 
 def given_by_hand(asked: ByHand) -> dict[Action, str]:
     """The block lists that were given by hand, by action."""
-    lists = (asked.drop, asked.attention_only, asked.mlp_only, asked.last_token, asked.freeze_visual)
-    return {action: text for action, text in zip(LISTED, lists, strict=True) if text is not None}
+    lists = (asked.keep, asked.drop, asked.attention_only, asked.mlp_only, asked.last_token, asked.freeze_visual)
+    return {action: text for action, text in zip(("keep", *LISTED), lists, strict=True) if text is not None}
 
 
 def make_plan(wanted: Wanted, scores: Scores, rule: Select, metric: str | None = None) -> Plan:
@@ -77,7 +78,7 @@ def make_plan(wanted: Wanted, scores: Scores, rule: Select, metric: str | None =
         assert wanted.share is not None
         moves = pick_ratio(choices, wanted.share, scores.parameters, scores.size)
     why: dict[str, object] = {"select": rule, **wanted.said}
-    if scores.names and rule != "deepest":
+    if scores.names and rule not in BY_PLACE:
         why |= {"metric": metric, "moves": scores.describe_moves(metric, moves)}
         why |= {"calibration": dict(scores.calibration), "settings": dict(scores.settings)}
     return Plan.of(base, moves, why)
@@ -88,6 +89,7 @@ def plans_by_rules(wanted: Wanted, scores: Scores, rules: Sequence[Select]) -> l
     plans = []
     for rule in rules:
         orders = [name for name in scores.orders if name != HEALED]
-        known = {"deepest": scores.names[:1], "greedy": orders, "healed": [HEALED]}.get(rule, scores.names)
+        by_rule = {**dict.fromkeys(BY_PLACE, scores.names[:1]), "greedy": orders, "healed": [HEALED]}
+        known = by_rule.get(rule, scores.names)
         plans += [make_plan(wanted, scores, rule, metric) for metric in known]
     return plans

@@ -10,7 +10,8 @@ from shortcut.records.actions import GONE, Action, Move, join
 from shortcut.records.block_lists import parse_blocks
 from shortcut.records.scores import Scores
 
-Select = Literal["lowest", "span", "deepest", "greedy", "healed"]
+Select = Literal["lowest", "span", "deepest", "spaced", "greedy", "healed"]
+BY_PLACE: tuple[Select, ...] = ("deepest", "spaced")  # these look at no scores
 HEALED = "healed"  # what the order is called in which blocks went by that rule
 Choice = dict[int, Action]  # what is done to which block
 
@@ -27,6 +28,7 @@ def removals(
 
     lowest: the lowest scores, each block on its own. span: the consecutive blocks whose span scores lowest, starting at
     any of 0..depth-count inclusive. deepest: from the last block but one upwards (the last stays), as in Deeper Layers.
+    spaced: those that stay are spread evenly from the first to the last, as in DistilBERT.
     greedy: the order in which blocks went when what was left was scored again each time, as in SLEB. healed: the order
     when it was healed each time. Ties go to the deeper block. Nothing happens to protected blocks. allow: what may be
     done to a block; of several actions, lowest takes the moves that score lowest per parameter that goes. Raises
@@ -37,8 +39,11 @@ def removals(
     check_rule(rule, allow)
     if rule == "deepest":
         return _growing([Move(block, action) for block in reversed(candidates) if block != depth - 1], depth)
+    if rule == "spaced":
+        counts = range(1, most_moves(rule, candidates, depth, allow) + 1)
+        return [dict.fromkeys(_between(candidates, len(candidates) - count), action) for count in counts]
     if scores is None:
-        raise ShortcutError(f"--select {rule} needs scores: give a scores.json, or --select deepest")
+        raise ShortcutError(f"--select {rule} needs scores: give a scores.json, or --select {' or '.join(BY_PLACE)}")
     if rule in ("greedy", "healed"):
         return _growing(_order(scores, metric if rule == "greedy" else HEALED, shielded), depth)
     if rule == "lowest":
@@ -58,8 +63,15 @@ def check_rule(rule: Select, allow: Sequence[Action]) -> None:
     """Raise ShortcutError for a rule that there is not, and for several actions where it takes one."""
     if rule not in get_args(Select):
         raise ShortcutError(f"unknown rule {rule!r}: there are {', '.join(get_args(Select))}")
-    if len(allow) > 1 and rule in ("deepest", "span", "healed"):
+    if len(allow) > 1 and rule in (*BY_PLACE, "span", "healed"):
         raise ShortcutError(f"--select {rule} takes one action, not {', '.join(allow)}")
+
+
+def _between(blocks: Sequence[int], staying: int) -> list[int]:
+    """All but so many of these, which are spread evenly from the first to the last; one that stays is the first."""
+    step = (len(blocks) - 1) / max(1, staying - 1)
+    stays = {blocks[round(place * step)] for place in range(staying)}
+    return [block for block in blocks if block not in stays]
 
 
 def _by_price(scores: Scores, metric: str, candidates: Sequence[int], allow: Sequence[Action]) -> list[Move]:

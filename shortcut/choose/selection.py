@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortcut.checkpoint.checkpoint import Checkpoint
 from shortcut.choose.plans import Wanted, make_plan, plans_by_rules
-from shortcut.choose.rules import HEALED, Select, check_count, check_rule, check_share, most_moves
+from shortcut.choose.rules import BY_PLACE, HEALED, Select, check_count, check_rule, check_share, most_moves
 from shortcut.common.progress import say
 from shortcut.material.take import take_text
 from shortcut.options.groups import Running, SampledText
@@ -41,7 +41,7 @@ class Request:
     @property
     def needs_model(self) -> bool:
         """Whether blocks are chosen by anything but their place."""
-        return self.wanted.moves is None and list(self.rules) != ["deepest"]
+        return self.wanted.moves is None and not (len(self.rules) == 1 and self.rules[0] in BY_PLACE)
 
     @property
     def is_open(self) -> bool:

@@ -29,6 +29,10 @@ Questions = Annotated[
 ]
 TrustRemoteCode = Annotated[bool, "run the modeling code that comes with the model"]
 CreatePr = Annotated[bool, "propose the upload by a pull request, instead of making it"]
+RULES = (
+    "which blocks go: those that score lowest, the span that scores lowest, the deepest but the last, spaced, so that "
+    "those that stay are spread evenly, greedy, the lowest one by one with the rest scored again each time"
+)
 FORMAT = (
     "how blocks that lose a half are written: custom, without its tensors and with a modeling file inside; zeroed, "
     "with zeros in their place, for any runtime, as large as before; decilm, without its tensors, as "
@@ -152,6 +156,9 @@ class ByHand:
     """What goes"""
 
     drop: Annotated[str | None, 'the blocks that go, by number, counted from 0: "21-29,31"'] = None
+    keep: Annotated[
+        str | None, 'the blocks that stay, the others go: "0,2,4-28", or every-second (0, 2, 4 ...), every-third ...'
+    ] = None
     attention_only: Annotated[str | None, "the blocks that lose their MLP, by number"] = None
     mlp_only: Annotated[str | None, "the blocks that lose their attention, by number"] = None
     last_token: Annotated[
@@ -227,9 +234,8 @@ class Rules(Scaled):
 
     select: Annotated[
         str,
-        "which blocks go: those that score lowest, the span that scores lowest, the deepest but the last, greedy, the "
-        "lowest one by one with the rest scored again each time, or healed, one by one what costs least once the rest "
-        "is refitted; several, with commas, are tried, auto being the first three",
+        f"{RULES}, or healed, one by one what costs least once the rest is refitted; several, with commas, are tried, "
+        "auto being the first three",
     ] = "lowest"
 
 

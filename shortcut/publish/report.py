@@ -59,6 +59,7 @@ _RULES = {
     "lowest": "those that score lowest",
     "span": "the span that scores lowest",
     "deepest": "the deepest but the last",
+    "spaced": "those between blocks that are spread evenly",
     "greedy": "one by one the lowest, with the rest scored again each time",
 }
 

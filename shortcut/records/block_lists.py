@@ -33,6 +33,15 @@ def parse_blocks(text: str, depth: int | None = None) -> tuple[int, ...]:
     return tuple(sorted(blocks))
 
 
+def parse_kept(text: str, depth: int) -> tuple[int, ...]:
+    """Read the blocks that stay: a list, or "every-second", "every-third" and so on, of which the first block is one.
+
+    Raises ShortcutError as `parse_blocks` does.
+    """
+    words = {f"every-{word}": step for step, word in enumerate(("second", "third", "fourth", "fifth", "sixth"), 2)}
+    return tuple(range(0, depth, words[text])) if text in words else parse_blocks(text, depth)
+
+
 def format_blocks(blocks: Iterable[int]) -> str:
     """Write block numbers as the shortest list that `parse_blocks` reads back, such as "3,5,21-28"; "none" for none."""
     ordered = sorted(set(blocks))

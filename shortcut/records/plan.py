@@ -20,7 +20,7 @@ import yaml
 
 from shortcut.common.errors import ShortcutError
 from shortcut.records.actions import GONE, LISTED, Action
-from shortcut.records.block_lists import format_blocks, parse_blocks
+from shortcut.records.block_lists import format_blocks, parse_blocks, parse_kept
 
 Format = Literal["custom", "zeroed", "decilm"]
 FORMAT = 1
@@ -163,11 +163,16 @@ class Plan:
 def parse_moves(lists: Mapping[Action, str], depth: int) -> dict[int, Action]:
     """Read a block list per action, "none" being empty, into an action per block.
 
-    Raises ShortcutError as `parse_blocks` does, and for a block in two lists.
+    Of blocks to keep, as `parse_kept` reads them, the others are dropped. Raises ShortcutError as `parse_blocks` does,
+    for a block in two lists, and where both are said, what stays and what goes.
     """
+    if {"keep", "drop"} <= lists.keys():
+        raise ShortcutError("say which blocks go, or which stay, not both")
     moves: dict[int, Action] = {}
+    if "keep" in lists:
+        moves = dict.fromkeys(sorted(set(range(depth)) - set(parse_kept(lists["keep"], depth))), "drop")
     for action, text in lists.items():
-        for block in () if text == "none" else parse_blocks(text, depth):
+        for block in () if text == "none" or action == "keep" else parse_blocks(text, depth):
             if block in moves:
                 raise ShortcutError(f"block {block} cannot be both {moves[block]} and {action}")
             moves[block] = action

@@ -35,7 +35,9 @@ class FreezeOptions(Heldout, Data, MayGo, Running, Revision, Overwrite):
     )
     drop: Annotated[str | None, "blocks that go as well, by number; with --blocks"] = None
     preset: Annotated[ListName | None, "the blocks published for a model"] = None
-    select: Annotated[Select, "which blocks: those that score lowest, the span that does, or the deepest"] = "lowest"
+    select: Annotated[
+        Select, "which blocks: those that score lowest, the span that does, the deepest, or those between spaced ones"
+    ] = "lowest"
     metric: Metrics = "kl"
     data: str = "drawings"
     samples: Annotated[int, "number of questions about images"] = 40

@@ -8,7 +8,7 @@ from shortcut.checkpoint.open import open_model
 from shortcut.checkpoint.stage import write_text
 from shortcut.choose.plans import given_by_hand, make_plan, read_wanted
 from shortcut.choose.rules import Select
-from shortcut.options.groups import Allowed, ByHand, HowMany, OutFile, Published, Revision
+from shortcut.options.groups import RULES, Allowed, ByHand, HowMany, OutFile, Published, Revision
 from shortcut.options.presets import PRESETS
 from shortcut.options.verb import verb
 from shortcut.records.plan import Plan, format_plan
@@ -20,14 +20,11 @@ class PlanOptions(ByHand, HowMany, Allowed, Published, Revision, OutFile):
     """How blocks are ranked"""
 
     scores: Annotated[
-        str | Path | Scores, "a scores.json of `shortcut score`; or a model, for --drop and --select deepest"
+        str | Path | Scores,
+        "a scores.json of `shortcut score`; or a model, for --drop, --keep and --select deepest or spaced",
     ]
     _: KW_ONLY
-    select: Annotated[
-        Select,
-        "which blocks go: those that score lowest, the span that scores lowest, the deepest but the last, or greedy, "
-        "the lowest one by one with the rest scored again each time",
-    ] = "lowest"
+    select: Annotated[Select, f"{RULES}, or healed, where `prune` did"] = "lowest"
     metric: Annotated[str | None, "one of the metrics in the scores; where it is left out, the first"] = None
 
 

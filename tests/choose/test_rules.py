@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import combinations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from shortcut.common.errors import ShortcutError
 from shortcut.records.plan import Base
 from shortcut.records.scores import Scores
 
+RULES = ["lowest", "span", "deepest", "spaced"]
 FEW = st.integers(0, 4).map(float)  # few values, so that ties are common
 
 
@@ -71,7 +73,11 @@ def test_span_is_the_cheapest_run_of_blocks(case, of_spans):
     assert gone(removals("span", depth, protected, scores, "m")) == expected
 
 
-@given(cases(), st.sampled_from(["lowest", "span", "deepest"]), st.sampled_from(["drop", "attention-only", "mlp-only"]))
+@given(
+    cases(),
+    st.sampled_from(["lowest", "span", "deepest", "spaced"]),
+    st.sampled_from(["drop", "attention-only", "mlp-only"]),
+)
 @settings(deadline=None)
 def test_how_much_can_go_is_known_before_there_are_scores(case, rule, action):
     """As many moves as a rule makes of any scores; with several actions at least as many."""
@@ -96,7 +102,7 @@ def test_deepest_counts_from_the_end(case):
     assert gone(removals("deepest", depth, protected)) == expected
 
 
-@given(cases(), st.sampled_from(["lowest", "span", "deepest"]))
+@given(cases(), st.sampled_from(RULES))
 @settings(deadline=None)
 def test_choices_are_sound(case, rule):
     """The n-th choice has n ascending blocks, spares what is protected, and leaves at least one block."""
@@ -104,6 +110,23 @@ def test_choices_are_sound(case, rule):
     for count, choice in enumerate(gone(removals(rule, depth, protected, scores_of(triangle), "m")), 1):
         assert len(choice) == count < depth
         assert list(choice) == sorted(set(choice) - protected)
+
+
+@given(cases())
+@settings(deadline=None)
+def test_spaced_leaves_blocks_that_are_spread_evenly(case):
+    """Those that stay of the unprotected ones are where equal steps from the first to the last lead."""
+    depth, protected, _ = case
+    free = [block for block in range(depth) if block not in protected]
+    for count, choice in enumerate(gone(removals("spaced", depth, protected)), 1):
+        places = np.rint(np.linspace(0, len(free) - 1, len(free) - count)).astype(int)
+        assert set(free) - set(choice) == {free[place] for place in places}
+
+
+def test_spaced_is_the_rule_of_distilbert_and_distil_whisper():
+    """Six of 12 and two of 32, as both were started from."""
+    assert set(range(12)) - set(gone(removals("spaced", 12))[5]) == {0, 2, 4, 7, 9, 11}
+    assert set(range(32)) - set(gone(removals("spaced", 32))[29]) == {0, 31}
 
 
 @pytest.mark.parametrize("rule", ["lowest", "span"])
@@ -120,7 +143,7 @@ def test_the_last_span_can_go():
 @pytest.mark.parametrize(
     ("rule", "scores", "message"),
     [
-        ("lowest", None, "--select lowest needs scores: give a scores.json, or --select deepest"),
+        ("lowest", None, "--select lowest needs scores: give a scores.json, or --select deepest or spaced"),
         ("span", None, "--select span needs scores"),
         ("best", scores_of([1.0]), "unknown rule 'best': there are lowest, span, deepest"),
         ("lowest", scores_of([1.0, 2.0]), "no scores of metric 'x': there are m"),

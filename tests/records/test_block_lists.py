@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shortcut.common.errors import ShortcutError
-from shortcut.records.block_lists import format_blocks, parse_blocks
+from shortcut.records.block_lists import format_blocks, parse_blocks, parse_kept
 
 BLOCKS = st.sets(st.integers(0, 999_999) | st.integers(0, 40), min_size=1, max_size=40)
 
@@ -95,3 +95,17 @@ def test_any_text_is_read_or_refused(text):
     else:
         answer, expected = blocks, tuple(sorted(set(blocks)))
     assert answer == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"),
+    [
+        ("every-second", (0, 2, 4, 6, 8, 10)),
+        ("every-third", (0, 3, 6, 9)),
+        ("every-sixth", (0, 6)),
+        ("0,2,4-6", (0, 2, 4, 5, 6)),
+    ],
+)
+def test_blocks_that_stay(text, blocks):
+    """By number, or by a step from the first."""
+    assert parse_kept(text, 12) == blocks
