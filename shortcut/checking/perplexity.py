@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from shortcut.common.errors import ShortcutError
+from shortcut.live.blocks import run_model
 from shortcut.live.decoder import Batch
 from shortcut.live.load import Model
 from shortcut.records.scores import perplexity_of
@@ -28,7 +29,7 @@ def sequence_losses(model: Model, batches: Iterable[Batch]) -> list[Loss]:
     """The negative log likelihood of every sequence, without its first token. Raises as `perplexity` does."""
     losses: list[Loss] = []
     for batch in batches:
-        logits = model(**batch.inputs, use_cache=False).logits
+        logits = run_model(model, batch.inputs)
         for row, targets, real in zip(
             logits, batch.ids, batch.predicted, strict=True
         ):  # a sequence at a time: small copies

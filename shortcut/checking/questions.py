@@ -21,7 +21,7 @@ from torch import nn
 
 from shortcut.common.errors import ShortcutError
 from shortcut.common.progress import track
-from shortcut.live.blocks import device_of
+from shortcut.live.blocks import device_of, run_model
 from shortcut.live.load import Model
 from shortcut.material.calibration import leading_bos, pad, tokenise
 from shortcut.material.documents import read_text
@@ -187,7 +187,7 @@ def answer_choices(
     for start in track(range(0, len(rows), batch_size), label, quiet=quiet):
         places = order[start : start + batch_size]
         batch = pad([rows[place][0] for place in places], device_of(model))
-        logits = model(**batch.inputs, use_cache=False).logits
+        logits = run_model(model, batch.inputs)
         for place, ids, row in zip(places, batch.ids, logits, strict=True):
             end, first = len(rows[place][0]), rows[place][1]
             losses = nn.functional.cross_entropy(row[first - 1 : end - 1].float(), ids[first:end], reduction="sum")

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from shortcut.checking.agreement import Given, what_it_gives
 from shortcut.checking.answers import Answers, answer, compare_answers
 from shortcut.checking.perplexity import perplexity
 from shortcut.checking.samples import Sample, pair_samples, write_on
@@ -24,9 +25,9 @@ from shortcut.checkpoint.stage import RECORD
 from shortcut.common.errors import ShortcutError
 from shortcut.common.progress import track
 from shortcut.common.text import format_size
-from shortcut.live.blocks import find_blocks, hidden_input, hidden_output
+from shortcut.live.blocks import find_blocks, hidden_input, hidden_output, run_model
 from shortcut.live.decoder import Batch
-from shortcut.live.load import Model, load_model
+from shortcut.live.load import Model, load_model, load_tokenizer, task_of
 from shortcut.material.pictures import Material, Pictures
 from shortcut.options.groups import Running
 from shortcut.records.plan import Plan
@@ -41,8 +42,9 @@ class CheckReport:
     """What was compared and what came out. The base's entries are None where no base was compared.
 
     text: the held-out text of the perplexities, with the BOS policy, or the questions about images that were answered
-    instead. passed_by: whether there are last-token blocks. healed: tensors that are not the base's. samples: what both
-    wrote, where that was asked for.
+    instead. agreement: of models that do not predict the next token, what they give, and how far it is the base's.
+    passed_by: whether there are last-token blocks. healed: tensors that are not the base's. samples: what both wrote,
+    where that was asked for.
     """
 
     checkpoint: str
@@ -53,6 +55,7 @@ class CheckReport:
     answers: Answers | None
     bytes_compared: int | None
     logit_difference: float | None
+    agreement: tuple[str, float] | None = None
     passed_by: bool = False
     healed: tuple[str, ...] = ()
     samples: tuple[Sample, ...] = ()
@@ -66,7 +69,9 @@ class CheckReport:
     def rows(self) -> list[list[object]]:
         """What was measured, for people: its name, the base's value where there is a base, and the checkpoint's own."""
         found: list[tuple[str, str, float | None, float | None]] = []
-        if self.answers is None:
+        if self.agreement is not None:
+            found.append((self.agreement[0], ".3f", None, self.agreement[1]))
+        elif self.answers is None:
             found.append(("perplexity", ".2f", self.perplexity_base, self.perplexity))
         else:
             found.append(("right answers", ".1%", self.answers.right_base, self.answers.right))
@@ -138,6 +143,7 @@ def check_checkpoint(
         perplexity=after if isinstance(after, float) else None,
         perplexity_base=before if isinstance(before, float) else None,
         answers=compare_answers(heldout, *values) if isinstance(heldout, Pictures) else None,
+        agreement=(after.what, after.like(before)) if isinstance(after, Given) and before else None,
         bytes_compared=compared,
         logit_difference=difference,
         passed_by=base is not None and bool(base[1].blocks("last-token")),
@@ -150,9 +156,13 @@ _MEASURED: dict[str, float] = {}  # perplexities, by all that they depend on: of
 
 
 def _measure(model: Model, checkpoint: Checkpoint, heldout: Material, batches: Sequence[Batch], how: Running) -> Any:
-    """The perplexity of a model on text, measured once, or its answers to questions about images."""
+    """The perplexity of a model on text, measured once, its answers to questions about images, or what it gives."""
     if isinstance(heldout, Pictures):
         return answer(model, heldout, how.batch_size, f"answers, {checkpoint.name}", quiet=how.quiet)
+    if (gives := task_of(model.config).gives) != "next tokens":
+        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=how.trust_remote_code)
+        shown = track(batches, f"outputs, {checkpoint.name}", quiet=how.quiet)
+        return what_it_gives(model, gives, shown, tokenizer)
     files = [(file.path.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in checkpoint.files]
     depends_on = [files, dict(checkpoint.config), heldout.hash, str(model.dtype), str(model.device), how.batch_size]
     key = json.dumps(depends_on)
@@ -163,6 +173,8 @@ def _measure(model: Model, checkpoint: Checkpoint, heldout: Material, batches: S
 
 def _write(model: Model, folder: Path, measured: Any, how: Running) -> Any:
     """What a live model writes behind the prompts of samples; the answers that it was measured by, where it was."""
+    if isinstance(measured, Given):
+        return []
     return measured if isinstance(measured, list) else write_on(model, folder, trust_remote_code=how.trust_remote_code)
 
 
@@ -191,8 +203,9 @@ def put_healed(base: Model, short: Checkpoint, plan: Plan, healed: Sequence[str]
 
 @torch.inference_mode()
 def logits_of(model: Model, batch: Batch) -> torch.Tensor:
-    """Logits of one batch on the CPU, of its real tokens: (tokens, vocabulary)."""
-    return model(**batch.inputs, use_cache=False).logits[batch.mask].cpu()
+    """What a model gives for one batch, on the CPU: of its real tokens, (tokens, values), or (sequences, classes)."""
+    result = run_model(model, batch.inputs)
+    return (result[batch.mask] if result.shape[:2] == batch.ids.shape else result).cpu()
 
 
 def compare_logits(short: torch.Tensor, base: Model, plan: Plan, batch: Batch) -> float:

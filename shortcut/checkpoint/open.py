@@ -19,6 +19,7 @@ from shortcut.checkpoint.checkpoint import (
     weight_files,
 )
 from shortcut.checkpoint.convert import PICKLE, PICKLE_INDEX, convert_gguf, convert_pickles, pickles_in
+from shortcut.checkpoint.modules import MODULES, find_transformer
 from shortcut.checkpoint.remote import Mirror
 from shortcut.checkpoint.stage import RECORD
 from shortcut.checkpoint.tensors import read_header
@@ -102,12 +103,13 @@ def _find_model(model: str | Path, revision: str | None, *, weights: bool, quiet
     if not weights and not _offline() and (remote := _open_remote(str(model), revision)):
         return remote
     folder = _fetch(str(model), revision, [*_SMALL, "*.safetensors"], quiet)
-    if not list(folder.glob("*.safetensors")):
+    if not list(find_transformer(folder).glob("*.safetensors")):
         folder = _fetch(str(model), revision, [*_SMALL, f"{Path(PICKLE).stem}*.bin"], quiet)
     return _read_folder(folder, str(model), folder.name, quiet)
 
 
 def _read_folder(folder: Path, name: str, revision: str | None, quiet: bool) -> Checkpoint:
+    folder = find_transformer(folder)
     _refuse_adapter(name, {path.name for path in folder.iterdir()})
     if pickles := pickles_in(folder):
         folder = convert_pickles(folder, pickles, quiet=quiet)
@@ -137,7 +139,7 @@ def _offline() -> bool:
 def _open_remote(model: str, revision: str | None) -> Checkpoint | None:
     """Read the headers of a Hub model by range requests, but for files that are in the Hub cache already.
 
-    None where it has only weights of another form, which are of no use in parts.
+    None where it has only weights of another form, which are of no use in parts, or more modules than this one.
     """
     import huggingface_hub
     from huggingface_hub.constants import HF_HOME
@@ -146,7 +148,8 @@ def _open_remote(model: str, revision: str | None) -> Checkpoint | None:
         info = huggingface_hub.HfApi().model_info(model, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
     _refuse_adapter(model, sizes)
-    if {PICKLE, PICKLE_INDEX} & sizes.keys() and not {SINGLE, INDEX} & sizes.keys():
+    elsewhere = {PICKLE, PICKLE_INDEX, MODULES} & sizes.keys()  # or modules, whose own weights have to be here
+    if MODULES in elsewhere or (elsewhere and not {SINGLE, INDEX} & sizes.keys()):
         return None
     folder = fetch_small(model, info.sha)
     home = Path(HF_HOME) / "shortcut" / "remote" / model.replace("/", "--") / str(info.sha)

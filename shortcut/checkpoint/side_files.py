@@ -5,22 +5,39 @@ import re
 import shutil
 from pathlib import Path
 
-# Files beside the weights that stay behind: other forms of the weights, caches, and what speaks of the base alone.
-_LEFT_BEHIND = re.compile(
-    r"""(?x) .*\.(safetensors|bin|pth?|gguf|msgpack|h5|onnx|onnx_data|ot|tflite|index\.json)
-    | (config|eval|scores|shortcut)\.json | README\.md | plan\.yaml | scores\.png | report\.html | \..* """
+# Files that stay behind: what is written anew, and what shortcut wrote about the base;
+_WRITTEN_ANEW = re.compile(
+    r"""(?x) model(-\d+-of-\d+)?\.safetensors | .*\.index\.json | (config|eval|scores|shortcut)\.json
+    | README\.md | plan\.yaml | scores\.png | report\.html | \..* """
 )
-_SKIPPED_FOLDERS = {"original", "onnx", "openvino", "optimizer", "runs", "metal", "coreml", "adapter"}
+# other forms of the weights, caches, and what speaks of the base alone.
+_OF_THE_BASE = re.compile(
+    r"""(?x) .*\.(safetensors|bin|pth?|gguf|msgpack|h5|onnx|onnx_data|ot|tflite)
+    | imatrix\..* | trainer_state\.json """
+)
+_FOLDERS_OF_THE_BASE = {"original", "onnx", "openvino", "optimizer", "runs", "metal", "coreml", "adapter"}
 
 
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer, processors, templates, remote code, licences: all that is not weights or about the base."""
     for path in sorted(source.rglob("*")):
         inside = path.relative_to(source)
-        hidden = any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in inside.parts[:-1])
-        if path.is_file() and not hidden and not _LEFT_BEHIND.fullmatch(path.name):
+        hidden = any(part.startswith(".") or part in _FOLDERS_OF_THE_BASE for part in inside.parts[:-1])
+        gone = _WRITTEN_ANEW.fullmatch(path.name) or _OF_THE_BASE.fullmatch(path.name)
+        if path.is_file() and not hidden and not gone:
             (target / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / inside)
+
+
+def left_behind(source: Path) -> tuple[str, ...]:
+    """The files and folders that speak of the base alone, and are not written anew either."""
+    names = sorted(path.name + "/" * path.is_dir() for path in source.iterdir())
+    return tuple(
+        name
+        for name in names
+        if name.removesuffix("/") in _FOLDERS_OF_THE_BASE
+        or (_OF_THE_BASE.fullmatch(name) and not _WRITTEN_ANEW.fullmatch(name))
+    )
 
 
 def write_json(path: Path, data: object) -> None:

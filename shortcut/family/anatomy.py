@@ -8,6 +8,7 @@ their names. The same rule reads the names in a file and the parameter names of 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice, starmap
 from typing import Any, Literal
 
 from shortcut.common.errors import ShortcutError
@@ -26,6 +27,8 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"
 
 # Modules outside the blocks whose weight holds an equal part for every block, and along which axis (Gemma 3n and 4).
 FUSED = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
+
+COMPILED = "_orig_mod."  # what torch.compile puts in front of names
 
 _NOT_TEXT = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|qformer|projector|connector|aligner|vq|mtp)")
 _ENCODER = re.compile(r"(^|[._])encoder[._]")
@@ -60,7 +63,8 @@ def find_anatomy(names: Iterable[str], config: Mapping[str, Any]) -> Anatomy:
     Raises ShortcutError, saying what was found, where no container or more than one agrees with the config.
     """
     path, text = text_config(config)
-    counts = find_containers(names)
+    numbers = _numbers(names)
+    counts = {prefix: len(found) for prefix, found in numbers.items() if max(found) + 1 == len(found)}
     fields = depth_fields(text)
     if not fields:
         raise ShortcutError(f"the config names no number of blocks: looked for {', '.join(DECODER_DEPTHS + DEPTHS)}")
@@ -70,21 +74,32 @@ def find_anatomy(names: Iterable[str], config: Mapping[str, Any]) -> Anatomy:
     if len(fitting) > 1:  # an encoder as deep as the decoder
         fitting = [prefix for prefix in fitting if not _ENCODER.search(prefix)] or fitting
     if len(fitting) != 1:
-        found = ", ".join(f"{prefix}0-{count - 1}" for prefix, count in counts.items()) or "no numbered blocks at all"
+        found = ", ".join(starmap(_describe, numbers.items())) or "no numbered blocks at all"
         raise ShortcutError(
             f"cannot tell where the {depth} blocks are ({fields[0]} = {depth} in config.json): the weights have {found}"
+        )
+    if COMPILED in fitting[0]:
+        raise ShortcutError(
+            f"the weights are those of a compiled model, whose names start with {COMPILED}: transformers does not load "
+            "them; save the model that was compiled"
         )
     return Anatomy(fitting[0], depth, path, fields)
 
 
-def find_containers(names: Iterable[str]) -> dict[str, int]:
-    """Prefixes outside other towers whose first integer component runs over exactly 0..n-1, each with its n."""
+def _numbers(names: Iterable[str]) -> dict[str, set[int]]:
+    """By prefix outside other towers, the first integer components behind it."""
     numbers: dict[str, set[int]] = {}
     for name in names:
         match = re.match(r"(.*?(?:^|\.))(\d+)\.", name)
         if match and not _NOT_TEXT.search(match[1]):
             numbers.setdefault(match[1], set()).add(int(match[2]))
-    return {prefix: len(found) for prefix, found in numbers.items() if found == set(range(len(found)))}
+    return numbers
+
+
+def _describe(prefix: str, numbers: set[int]) -> str:
+    """What there is under a prefix, for people."""
+    missing = islice((number for number in range(max(numbers)) if number not in numbers), 10)
+    return f"{prefix}0-{max(numbers)}" + (f" without {gap}" if (gap := ", ".join(map(str, missing))) else "")
 
 
 def is_other_tower(prefix: str, container: str) -> bool:

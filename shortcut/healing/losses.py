@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shortcut.healing.saved import write_whole
+from shortcut.live.blocks import run_model
 from shortcut.live.decoder import LOGITS_AT_ONCE, Batch, Decoder
 from shortcut.records.plan import Plan
 
@@ -23,7 +24,7 @@ Price = Callable[[Tensor, slice], Tensor]
 def final_states(decoder: Decoder, batch: Batch) -> Tensor:
     """What `Decoder.predict` takes, for every token: (batch, tokens, width)."""
     if decoder.fault is not None:
-        return decoder.model(**batch.inputs, use_cache=False).logits
+        return run_model(decoder.model, batch.inputs)
     return decoder.states(batch)[-1]
 
 

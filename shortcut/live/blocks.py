@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -40,7 +41,24 @@ def find_decoder(model: Model) -> nn.Module:
 def decode(model: Model, inputs: Mapping[str, Any]) -> Any:
     """Run the decoder without a cache; where images are among the inputs, with the towers that see them."""
     decoder = model.base_model if set(inputs) - {"input_ids", "attention_mask"} else find_decoder(model)
-    return decoder(**inputs, use_cache=False)
+    return decoder(**inputs, **_without_cache(decoder))
+
+
+def run_model(model: Model, inputs: Mapping[str, Any]) -> Tensor:
+    """What a model gives, without a cache: its logits, or the last states where it has no head."""
+    return result_of(model(**inputs, **_without_cache(model)))
+
+
+def result_of(output: Any) -> Tensor:
+    """The logits in what a model returns, or the last states where there are none."""
+    logits = getattr(output, "logits", None)
+    return output.last_hidden_state if logits is None else logits
+
+
+def _without_cache(model: Model) -> dict[str, bool]:
+    """What a model is told that could keep a cache; encoders have none."""
+    keeps = model.can_generate() or "use_cache" in signature(model.forward).parameters
+    return {"use_cache": False} if keeps else {}
 
 
 @contextmanager
@@ -74,7 +92,7 @@ def call_block(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: 
 
 
 def output_forms(model: Model, ids: Tensor | None = None) -> tuple[list[Callable[[Tensor], Any]], Tensor]:
-    """For every block, how it wraps the hidden states it returns; and the logits of the pass that showed it.
+    """For every block, how it wraps the hidden states it returns; and what the pass gave that showed it.
 
     ids: what that pass is over, (1, tokens); a single token where none are given.
     """
@@ -90,5 +108,5 @@ def output_forms(model: Model, ids: Tensor | None = None) -> tuple[list[Callable
         for block in blocks:
             stack.callback(block.register_forward_hook(learn).remove)
         with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits
-    return [forms[block] for block in blocks], logits
+            result = run_model(model, {"input_ids": ids})
+    return [forms[block] for block in blocks], result

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shortcut.common.errors import ShortcutError
+from shortcut.family.tasks import Gives
 from shortcut.live.blocks import (
     call_block,
     decode,
@@ -21,9 +22,10 @@ from shortcut.live.blocks import (
     forwards_replaced,
     hidden_input,
     output_forms,
+    run_model,
 )
 from shortcut.live.branches import Branches, find_branches
-from shortcut.live.load import LOADING_ERRORS, Model
+from shortcut.live.load import LOADING_ERRORS, Model, task_of
 from shortcut.live.offload import is_on_disk, resident
 from shortcut.records.actions import GONE, Action
 
@@ -82,15 +84,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A live model taken apart: its blocks, how each wraps the hidden states that it returns, and its vocabulary.
+    """A live model taken apart: its blocks, how each wraps the hidden states that it returns, and what it gives.
 
-    fault: why its blocks cannot be run one by one, in the few families where they hand on more than hidden states.
+    vocabulary: how many values it gives for a token, or for a sequence; gives: what they are. fault: why its blocks
+    cannot be run one by one, in the few families where they hand on more than hidden states.
     """
 
     model: Model
     blocks: nn.ModuleList
     forms: tuple[Callable[[Tensor], Any], ...]
     vocabulary: int
+    gives: Gives = "next tokens"
     fault: str | None = None
     known: dict[str, Branches] = field(default_factory=dict)
 
@@ -102,33 +106,45 @@ class Decoder:
         """
         batch = _probe(model)
         try:
-            forms, logits = output_forms(model, batch.ids)
+            forms, result = output_forms(model, batch.ids)
         except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())[:200]
             raise ShortcutError(f"{model.config.model_type} cannot be run on text alone: {reason}") from None
-        decoder = cls(model, find_blocks(model), tuple(forms), logits.shape[-1])
-        return replace(decoder, fault=decoder._find_fault(batch, logits[0]))
+        decoder = cls(model, find_blocks(model), tuple(forms), result.shape[-1], task_of(model.config).gives)
+        return replace(decoder, fault=decoder._find_fault(batch, result))
 
-    def _find_fault(self, batch: Batch, logits: Tensor) -> str | None:
+    def _find_fault(self, batch: Batch, result: Tensor) -> str | None:
         """Why the blocks cannot be run one by one, given what the whole model makes of a batch."""
         try:
             with torch.no_grad():
                 last = self.states(batch)[-1]
-                walked, expected = self.predict(last[0]), torch.log_softmax(logits.float(), dim=-1)
+                if self.gives == "next tokens":
+                    walked, expected = self.predict(last[0]), torch.log_softmax(result[0].float(), dim=-1)
+                else:
+                    walked, expected = self.finish(batch, last).float(), result.float()
         except LOADING_ERRORS as error:
             return " ".join(str(error).split())[:200]
         if last.shape[:2] != batch.ids.shape:
             return f"their states are {tuple(last.shape)}, not (batch, tokens, width)"
         difference = (walked - expected).abs().max().item()
-        unknown = not logits.isfinite().all()  # whoever runs the blocks finds which of them it is
+        unknown = not result.isfinite().all()  # whoever runs the blocks finds which of them it is
         alike = unknown or difference <= PREDICTION_TOLERANCE * expected.abs().max().item()
-        return None if alike else f"log probabilities differ by {difference:.3g}"
+        return None if alike else f"what they give differs by {difference:.3g}"
 
     def check_alone(self, what: str) -> None:
         """Raise ShortcutError where blocks cannot be run one by one, for what needs that."""
         if self.fault is not None:
             family = self.model.config.model_type
             raise ShortcutError(f"{what} needs blocks that run one by one, and those of {family} do not: {self.fault}")
+
+    def finish(self, batch: Batch, states: Tensor) -> Tensor:
+        """What the model gives where these are the states behind its last block, (batch, tokens, width)."""
+
+        def stand_in(number: int) -> Callable[..., Any]:
+            return lambda *_, **__: self.forms[number](states)
+
+        with forwards_replaced({block: stand_in(number) for number, block in enumerate(self.blocks)}):
+            return run_model(self.model, batch.inputs)
 
     def calls(self, batch: Batch) -> list[Call]:
         """What every block is called with in a forward pass of this batch; the blocks themselves do not run."""
@@ -172,7 +188,7 @@ class Decoder:
         """Raise ShortcutError where blocks that run one by one do not make the whole of the model for this batch."""
         with torch.no_grad():
             states = self.states(batch)[-1][:, -1:]
-            expected = torch.log_softmax(self.model(**batch.inputs, use_cache=False).logits[:, -1].float(), dim=-1)
+            expected = torch.log_softmax(run_model(self.model, batch.inputs)[:, -1].float(), dim=-1)
             difference = (self.predict(states[:, 0]) - expected).abs().max().item()
         if not difference <= PREDICTION_TOLERANCE * expected.abs().max().item():
             family = self.model.config.model_type
@@ -236,7 +252,7 @@ class Decoder:
         if is_on_disk(first):  # what it gives goes no further than to the first block
             stand_ins[first] = lambda ids: states.new_zeros(*ids.shape, first.weight.shape[1])
         with forwards_replaced(stand_ins):
-            logits = self.model(input_ids=ids, use_cache=False).logits
+            logits = run_model(self.model, {"input_ids": ids})
         return torch.log_softmax(logits[:, 0].float(), dim=-1)
 
 

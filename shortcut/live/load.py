@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from shortcut.common.errors import ShortcutError
 from shortcut.family.halves import has_own_code
+from shortcut.family.tasks import Task, find_task
 from shortcut.options.groups import Loading
 
 Model = Any  # a PreTrainedModel of transformers, which mypy does not follow
@@ -97,7 +98,7 @@ def load_model(
     model.eval()
     if getattr(model, "hf_quantizer", None) is not None:  # compressed-tensors unpacks when the whole model is called
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
     return model
 
 
@@ -158,16 +159,16 @@ def _read_config(folder: Path, code: Path | None) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """The class that loads a checkpoint of this config: what its architecture sees, or else what its family may see."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as WRITING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
+    """The class that loads a checkpoint of this config."""
+    import transformers
 
-    named, family = getattr(config, "auto_map", None) or {}, config.model_type
-    architecture = (config.architectures or [None])[0]
-    by_name = architecture == SEEING.get(family) != WRITING.get(family)
-    seeing = "AutoModelForImageTextToText" in named or by_name or (family in SEEING and family not in WRITING)
-    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+    return getattr(transformers, task_of(config).auto)
+
+
+def task_of(config: Any) -> Task:
+    """What a model of this config is for, as `find_task` finds it."""
+    fields = ("model_type", "architectures", "auto_map", "is_decoder")
+    return find_task({name: getattr(config, name, None) for name in fields})
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -112,13 +112,15 @@ def make_calibration(
     seed: int = 0,
     by_document: bool = False,
     fewer: bool = False,
+    framed: bool = False,
 ) -> Calibration:
     """Tokenise a source into `samples` sequences of `length` tokens, the same for the same seed on every machine.
 
     Every sequence starts with the BOS token, once, if the tokenizer puts one before text. Of several domains each gives
-    its share of the sequences. fewer: whether fewer will do where there are no more. Raises ShortcutError where the
-    source cannot be read, or holds less text than was asked for, and where a chat template is asked for and the
-    tokenizer has none, or it refuses a conversation.
+    its share of the sequences. fewer: whether fewer will do where there are no more; framed: whether all that the
+    tokenizer puts around a text is around every sequence, as encoders want it, not only BOS before it. Raises
+    ShortcutError where the source cannot be read, or holds less text than was asked for, and where a chat template is
+    asked for and the tokenizer has none, or it refuses a conversation.
     """
     for name, value in (("samples", samples), ("length", length)):
         if value < 2 - (name == "samples"):
@@ -130,7 +132,8 @@ def make_calibration(
     for number, (data, share) in enumerate(zip(weights, shares, strict=True)):
         if not share:
             raise ShortcutError(f"--samples {samples} leaves none for {data}: use more, or give it more weight")
-        found = _make_sequences(tokenizer, replace(source, data=data), share, length, seed, by_document)
+        around = frame_of(tokenizer) if framed else (leading_bos(tokenizer), ())
+        found = _make_sequences(tokenizer, replace(source, data=data), share, length, seed, by_document, around)
         if len(found) < (1 if fewer else share):
             unit = "documents" if by_document else f"sequences of {length} tokens"
             raise ShortcutError(f"{data} holds {len(found)} {unit} and --samples asks it for {share}")
@@ -152,11 +155,17 @@ def share_out(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def _make_sequences(
-    tokenizer: Any, source: Source, samples: int, length: int, seed: int, by_document: bool
+    tokenizer: Any,
+    source: Source,
+    samples: int,
+    length: int,
+    seed: int,
+    by_document: bool,
+    around: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> list[tuple[int, ...]]:
-    """The sequences of one domain: so many, or all that it holds."""
-    bos = leading_bos(tokenizer)
-    room = length - len(bos)
+    """The sequences of one domain: so many, or all that it holds; around: what goes before and behind each."""
+    bos, end = around
+    room = length - len(bos) - len(end)
     pieces: list[Sequence[int]] = []
     joined: list[int] = []
     enough = ENOUGH * samples * room
@@ -175,7 +184,14 @@ def _make_sequences(
         windows = [joined[start : start + room] for start in range(0, len(joined) - room + 1, room)]
         chosen = random.Random(seed).sample(range(len(windows)), min(samples, len(windows)))
         pieces = [windows[number] for number in sorted(chosen)]
-    return [(*bos, *piece) for piece in pieces]
+    return [(*bos, *piece, *end) for piece in pieces]
+
+
+def frame_of(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that this tokenizer puts before every text and behind it."""
+    whole, inner = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    start = next((at for at in range(len(whole)) if whole[at : at + len(inner)] == inner), 0)
+    return tuple(whole[:start]), tuple(whole[start + len(inner) :])
 
 
 def leading_bos(tokenizer: Any) -> tuple[int, ...]:
@@ -198,7 +214,7 @@ def tokenise(tokenizer: Any, document: str | Conversation, template: str | None)
     Raises ShortcutError for a conversation that the template refuses.
     """
     if template is None:
-        return tokenizer(document, add_special_tokens=False)["input_ids"]
+        return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     from jinja2 import TemplateError
 
     messages = [{"role": "user", "content": document}] if isinstance(document, str) else document

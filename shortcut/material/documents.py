@@ -1,5 +1,6 @@
 """Where text comes from: documents of files and Hub data sets, each plain text or a conversation."""
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,7 +101,9 @@ def read_rows(source: Source, seed: int) -> Iterator[dict[str, Any]]:
     name, _, subset = source.data.partition(":")
     try:
         if local:
-            rows = datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train").shuffle(seed=seed)
+            where: dict[str, Any] = {"data_files": str(path), "split": "train"}
+            where |= {"field": field} if (field := _rows_under(path)) else {}
+            rows = datasets.load_dataset(BUILDERS[path.suffix], **where).shuffle(seed=seed)
         else:
             rows = datasets.load_dataset(name, subset or None, split=source.split, streaming=True)
             rows = rows.shuffle(seed=seed, buffer_size=1000)
@@ -108,6 +111,18 @@ def read_rows(source: Source, seed: int) -> Iterator[dict[str, Any]]:
     except (datasets.exceptions.DatasetsError, OSError, ValueError, StopIteration) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200] or "it is empty"
         raise ShortcutError(f"cannot read the data set {source.data}: {reason}") from None
+
+
+def _rows_under(path: Path) -> str | None:
+    """The name under which a JSON file of one object holds its rows, as `{"data": [...]}` does."""
+    if path.suffix != ".json":
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None  # whoever reads it says what is wrong, or reads it line by line
+    lists = [name for name, rows in content.items() if isinstance(rows, list)] if isinstance(content, dict) else []
+    return lists[0] if len(lists) == 1 else None
 
 
 def _read_cell(source: Source, column: str, cell: Any) -> str | Conversation:
@@ -124,11 +139,21 @@ def _read_cell(source: Source, column: str, cell: Any) -> str | Conversation:
 def _read_message(message: Any) -> dict[str, Any]:
     """A message as chat templates want it, from that or ShareGPT's form; empty for anything else."""
     match message:
-        case {"role": str(), "content": _}:
-            return dict(message)
+        case {"role": str(), "content": content}:
+            given = {name: value for name, value in message.items() if value is not None}
+            return {**given, "content": _plain(content)}
         case {"from": str(role), "value": str(content)}:
             return {"role": ROLES.get(role, role), "content": content}
     return {}
+
+
+def _plain(content: Any) -> Any:
+    """The content of a message as text, where it is none beside a call of a tool, or a list of parts that are text."""
+    if content is None:
+        return ""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(str(part.get("text") or "") for part in content)
+    return content
 
 
 def _pick_column(source: Source, row: dict[str, Any]) -> str:

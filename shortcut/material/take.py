@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from shortcut.checkpoint.checkpoint import Checkpoint
 from shortcut.family.anatomy import sees_images, visual_tokens
+from shortcut.family.tasks import find_task
 from shortcut.material.documents import Source
 from shortcut.options.groups import Text
 
@@ -47,6 +48,7 @@ def take_text(
         seed=text.seed,
         by_document=text.by_document,
         fewer=fewer,
+        framed=find_task(checkpoint.config).gives != "next tokens",
     )
 
 

@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -18,7 +17,7 @@ from shortcut.common.errors import ShortcutError
 from shortcut.common.text import format_count, format_size, format_table
 from shortcut.common.version import __version__
 from shortcut.family.halves import modeling_of
-from shortcut.live.load import auto_class
+from shortcut.family.tasks import SEEING, find_task
 from shortcut.publish.results import evaluation_table
 from shortcut.records.actions import LISTED, Action
 from shortcut.records.block_lists import format_blocks
@@ -165,7 +164,7 @@ def _body(
         gone=say_what_goes(plan),
         rest=_rest(short, check),
         table=format_table(["", "base", "healed" if check.healed else "shortened"], rows),
-        measured="Perplexity" if check.answers is None else "Answers",
+        measured="Perplexity" if check.perplexity is not None else "Answers" if check.answers else "What it gives",
         text=check.text,
         healed=" and the healed weights in it" if check.healed else "",
         difference=format(check.logit_difference or 0, ".3g"),
@@ -188,7 +187,7 @@ def say_what_goes(plan: Plan) -> str:
 
 def loading_code(short: Checkpoint, place: str) -> str:
     """The Python that loads a shortened checkpoint with transformers. place: where from, a folder or an id."""
-    auto, quoted = _auto(short), json.dumps(place, ensure_ascii=False)
+    auto, quoted = find_task(short.config).auto, json.dumps(place, ensure_ascii=False)
     processor = _has_processor(short)
     reader, trust = "AutoProcessor" if processor else "AutoTokenizer", "auto_map" in short.config
     trusts = [
@@ -224,13 +223,8 @@ def _command(base: Checkpoint, plan: Plan) -> str:
     return " ".join(words)
 
 
-def _auto(short: Checkpoint) -> str:
-    fields: dict[str, Any] = {"auto_map": None, "architectures": None, **short.config}
-    return str(auto_class(SimpleNamespace(**fields)).__name__)
-
-
 def _sees(short: Checkpoint) -> bool:
-    return _auto(short) != "AutoModelForCausalLM"
+    return find_task(short.config) == SEEING
 
 
 def _has_processor(short: Checkpoint) -> bool:

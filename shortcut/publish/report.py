@@ -156,6 +156,8 @@ def _exact(check: CheckReport, own: str) -> list[tuple[str, str, float]]:
     if check.answers is not None:
         found += [("base", "right answers", check.answers.right_base), (own, "right answers", check.answers.right)]
         found += [(own, "answers like the base's", check.answers.same)]
+    if check.agreement is not None:
+        found += [(own, *check.agreement)]
     found += [(own, "largest difference of logits", check.logit_difference)]
     return [(column, row, value) for column, row, value in found if value is not None]
 

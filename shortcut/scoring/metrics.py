@@ -7,7 +7,7 @@ angles are lost. Higher is always more important.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shortcut.common.errors import ShortcutError
 from shortcut.common.text import format_table
+from shortcut.family.tasks import check_writes
 from shortcut.records.scores import Average, perplexity_of
 
 Needs = Literal["states", "spans", "pairs", "logits", "gradients", "weights"]
@@ -201,6 +202,13 @@ def add_metric(metric: Metric) -> None:
     if not re.fullmatch(r"[\w-]+", metric.name):
         raise ShortcutError(f"{metric.name!r} is no name of a metric: use letters, digits and hyphens")
     METRICS[metric.name] = metric
+
+
+def check_metrics(metrics: Sequence[Metric], config: Mapping[str, Any]) -> None:
+    """Raise ShortcutError for metrics of next tokens, of a model that does not predict them."""
+    for metric in metrics:
+        if metric.needs in ("logits", "gradients"):
+            check_writes(config, f"the metric {metric.name}")
 
 
 def pick_metrics(names: str, average: Average = "tokens") -> list[Metric]:

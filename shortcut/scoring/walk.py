@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortcut.live.blocks import hidden_input, hidden_output
+from shortcut.live.blocks import hidden_input, hidden_output, run_model
 from shortcut.live.decoder import Batch, Call, Decoder
 from shortcut.live.offload import is_offloaded, resident
 from shortcut.records.actions import FREEZING, Action, Move, join
@@ -165,7 +165,7 @@ def _walk_as_a_whole(
         with ExitStack() as stack:
             for number, hook in hooks.items():
                 stack.callback(blocks[number].register_forward_hook(hook, with_kwargs=True).remove)
-            return decoder.model(**batch.inputs, use_cache=False).logits
+            return run_model(decoder.model, batch.inputs)
 
     left = running(decoder, done)
     gone = {number: hand_on for number in range(len(blocks)) if number not in left}

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from shortcut.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint, read_json
+from shortcut.checkpoint.modules import copy_modules
 from shortcut.checkpoint.remote import bytes_to_fetch, fetch_tensors
-from shortcut.checkpoint.side_files import copy_side_files, write_json
+from shortcut.checkpoint.side_files import copy_side_files, left_behind, write_json
 from shortcut.checkpoint.stage import RECORD, make_durable
 from shortcut.checkpoint.tensors import FLOATS, Tensor, select, write_file
 from shortcut.common.errors import ShortcutError
@@ -31,6 +32,7 @@ from shortcut.surgery.decilm import check_decilm
 from shortcut.surgery.hollow import blanked, gone_by_half, hollow_config, renumber_frozen, write_modeling_file
 from shortcut.surgery.numbering import QUANTISATION_FIELDS, QUANTISATION_FILES, renumber_metadata, renumber_settings
 
+PARAMS = "params.json"  # of code that is not transformers'
 _EXTRA_HEAD = re.compile(r"(^|\.)mtp[._]")  # multi-token prediction, where it has a container of its own
 
 
@@ -61,6 +63,7 @@ class CutReport:
     bytes_after: int
     bytes_to_fetch: int
     heads_dropped: tuple[str, ...]
+    left_behind: tuple[str, ...]
     written: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,6 +83,7 @@ class CutReport:
                 f"bytes {format_size(self.bytes_before)} -> {format_size(self.bytes_after)}",
                 *(f"{format_size(size):>9}  {name}" for name, size in self.files),
                 *([f"dropped too: {len(heads)} tensors that predict further tokens"] if heads else []),
+                *([f"left behind: {', '.join(self.left_behind)}"] if self.left_behind else []),
                 *([f"from the Hub: {fetched} of {format_size(self.bytes_before)}"] if self.bytes_to_fetch else []),
             ]
         )
@@ -109,6 +113,7 @@ def report_cut(
         bytes_after=sum(file.size for file in files),
         bytes_to_fetch=bytes_to_fetch(checkpoint.mirrors, needed(files)),
         heads_dropped=tuple(name for name in checkpoint.tensors if plan.dropped and _is_extra_head(checkpoint, name)),
+        left_behind=left_behind(checkpoint.folder),
         written=written,
     )
 
@@ -250,8 +255,11 @@ def write_checkpoint(
     if len(files) > 1:
         write_json(folder / INDEX, _index(files))
     copy_side_files(checkpoint.folder, folder)
+    copy_modules(checkpoint.folder, folder)
     for path in (folder / name for name in QUANTISATION_FILES if plan.dropped and (folder / name).exists()):
         write_json(path, renumber_settings(read_json(path), checkpoint.anatomy, plan.kept, checkpoint.tensors))
+    if plan.dropped and (folder / PARAMS).exists():
+        write_json(folder / PARAMS, _with_depth(read_json(folder / PARAMS), checkpoint, len(plan.kept)))
     if plan.needs_code or has_own_code(checkpoint.folder, checkpoint.config):
         write_modeling_file(folder, config)
     write_json(folder / RECORD, _record(checkpoint, plan))
@@ -261,6 +269,11 @@ def write_checkpoint(
     if {name: (tensor.dtype, tensor.shape) for name, tensor in result.tensors.items()} != planned:
         raise ShortcutError(f"{folder} does not hold what was written to it: check the disk")
     return result
+
+
+def _with_depth(params: dict[str, Any], checkpoint: Checkpoint, depth: int) -> dict[str, Any]:
+    """The parameters that other code reads, with the number of blocks that are left."""
+    return {**params, "n_layers": depth} if params.get("n_layers") == checkpoint.anatomy.depth else params
 
 
 def _record(checkpoint: Checkpoint, plan: Plan) -> dict[str, object]:

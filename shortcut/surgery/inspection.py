@@ -112,7 +112,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, prompt: Prefill | None = None) ->
         for rest, tensor in tensors:
             held = parts.get(part_of(rest), Amount(0, 0))
             parts[part_of(rest)] = Amount(held.parameters + tensor.parameters, held.bytes + tensor.size)
-        blocks.append(Block(number, ", ".join(str(kind[number]) for kind in kinds) or "decoder", parts))
+        blocks.append(Block(number, ", ".join(str(kind[number]) for kind in kinds) or "block", parts))
     outside = [tensor for name, tensor in checkpoint.tensors.items() if checkpoint.anatomy.split(name) is None]
     embedding = [t for t in outside if "emb" in t.name or "wte" in t.name or "wpe" in t.name or "lm_head" in t.name]
     embeddings = Amount(sum(t.parameters for t in embedding), sum(t.size for t in embedding))

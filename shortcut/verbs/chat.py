@@ -12,6 +12,7 @@ from shortcut.checkpoint.open import open_model, read_record
 from shortcut.common.errors import ShortcutError
 from shortcut.common.progress import say
 from shortcut.family.anatomy import sees_images
+from shortcut.family.tasks import check_writes
 from shortcut.options.groups import Loading, Model, Quiet, Revision
 from shortcut.options.verb import verb
 from shortcut.records.block_lists import parse_blocks
@@ -72,6 +73,7 @@ def chat(asked: ChatOptions) -> Talk:
     if asked.plan is not None and asked.drop is not None:
         raise ShortcutError("say what goes with one of --plan and --drop")
     checkpoint = open_model(asked.model, asked.revision, quiet=asked.quiet)
+    check_writes(checkpoint.config, "chat")
     plan = read_plan(Path(asked.plan)) if isinstance(asked.plan, str | Path) else asked.plan
     if asked.drop is not None:
         plan = Plan.dropping(checkpoint.base, parse_blocks(asked.drop, checkpoint.base.blocks))

@@ -14,6 +14,7 @@ from shortcut.checkpoint.stage import write_text
 from shortcut.common.errors import ShortcutError
 from shortcut.common.progress import track
 from shortcut.common.version import __version__
+from shortcut.family.tasks import check_writes
 from shortcut.material.take import take_text
 from shortcut.options.groups import Loading, Model, OutFile, Questions, Revision, Running, SampledText
 from shortcut.options.presets import SUITES, SuiteName
@@ -68,6 +69,8 @@ def eval(asked: EvalOptions) -> "Evaluation":  # noqa: A001  (the word on the co
         raise ShortcutError("--shots is for --tasks, and --limit for --tasks and --questions")
     checkpoints = [open_model(asked.model, asked.revision, quiet=asked.quiet)]
     checkpoints += [open_model(asked.base, quiet=asked.quiet)] if asked.base else []
+    for each in checkpoints:
+        check_writes(each.config, "eval")
     unseen, *same = [
         take_text(each, asked, asked.samples, trust_remote_code=asked.trust_remote_code) for each in checkpoints
     ]

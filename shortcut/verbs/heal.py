@@ -11,6 +11,7 @@ from shortcut.checkpoint.open import open_base, open_folder, read_record
 from shortcut.checkpoint.stage import RECORD, check_target, staged
 from shortcut.common.errors import ShortcutError
 from shortcut.common.processes import are_several, is_writer, writer_first
+from shortcut.family.tasks import check_writes
 from shortcut.healing.fit import Fitting, fit, write_healed
 from shortcut.healing.training import Healing, Patient, Tuning, train_checkpoint
 from shortcut.material.take import take_text, take_unseen
@@ -166,6 +167,7 @@ def _admit(asked: HealOptions, methods: Sequence[Method]) -> Patient:
         raise ShortcutError(f"no folder {folder}")
     pick_dtype(asked.dtype, pick_device(asked.device))
     cut, plan = open_folder(folder, quiet=asked.quiet), read_record(folder)
+    check_writes(cut.config, "healing")
     if plan is None or not plan.changes:
         raise ShortcutError(f"{folder} has no record ({RECORD}) of what went: there is nothing to heal")
     if methods[0] in FITTED and read_healed(folder):

@@ -17,6 +17,7 @@ from shortcut.common.errors import ShortcutError
 from shortcut.common.progress import byte_bar, say
 from shortcut.common.text import parse_size
 from shortcut.family.fields import check_family
+from shortcut.family.tasks import check_writes
 from shortcut.material.take import take_unseen
 from shortcut.options.groups import (
     FORMAT,
@@ -129,9 +130,13 @@ def prune_checkpoint(asked: PruneOptions, *, refitted: bool = False, own: int | 
     """
     from shortcut.checking.verify import check_checkpoint
     from shortcut.live.load import pick_device, pick_dtype
+    from shortcut.scoring.metrics import check_metrics
 
     base, target = open_model(asked.model, asked.revision, quiet=asked.quiet), Path(asked.out)
     request = _read_request(asked, base, refitted=refitted, own=own)
+    check_metrics(request.metrics if request.needs_model else (), base.config)
+    if request.is_open or request.healed:
+        check_writes(base.config, "trying several plans")
     images = "freeze-visual" in (*(request.wanted.moves or {}).values(), *request.wanted.allow)
     limit = None if asked.max_shard_size is None else parse_size(asked.max_shard_size)
     # What is wrong with the request is said before the long work, not after it.
@@ -180,6 +185,7 @@ def _prune_and_heal(asked: PruneOptions) -> PruneReport:
     if handed_on(Training, asked) != Training() and not set(methods) & set(TRAINED):
         raise ShortcutError(f"{_OF_TRAINING} are for {' and '.join(TRAINED)}, and {asked.heal} trains nothing")
     read_methods(healing)
+    check_writes(open_model(asked.model, asked.revision, weights=False, quiet=True).config, "healing")
     for folder in (out, between):
         check_target(folder, overwrite=asked.overwrite)
     alone, refitted = replace(asked, out=between, heal=None, **asdict(Training()), own=None), "refit" in methods

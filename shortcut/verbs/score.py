@@ -55,7 +55,7 @@ def score(asked: ScoreOptions) -> Scores:
     from shortcut.live.load import pick_device, pick_dtype
     from shortcut.live.offload import open_live
     from shortcut.scoring.greedy import check_scaled, plan_removal
-    from shortcut.scoring.metrics import pick_metrics
+    from shortcut.scoring.metrics import check_metrics, pick_metrics
     from shortcut.scoring.scores import make_scores
     from shortcut.scoring.stability import agreements, split_evenly
 
@@ -64,6 +64,7 @@ def score(asked: ScoreOptions) -> Scores:
     check_files(asked.out, asked.plot)
     with writer_first():  # it may have to fetch or convert
         checkpoint = open_model(asked.model, asked.revision, quiet=asked.quiet)
+    check_metrics(metrics, checkpoint.config)
     depth = checkpoint.base.blocks
     may_go = parse_candidates(asked.candidates, asked.protect, depth)
     check_scaled(asked.scaled, asked.greedy)

@@ -11,6 +11,7 @@ from shortcut.checkpoint.stage import write_text
 from shortcut.common.errors import ShortcutError
 from shortcut.common.progress import say
 from shortcut.family.anatomy import text_config
+from shortcut.family.tasks import check_writes
 from shortcut.options.groups import Loading, Model, OutFile, Revision, Running
 from shortcut.options.presets import SPEED_PRESETS, SpeedPresetName
 from shortcut.options.verb import verb
@@ -56,6 +57,7 @@ def speed(asked: SpeedOptions) -> Timing:
     checkpoints = [open_model(asked.model, asked.revision, quiet=asked.quiet)]
     checkpoints += [open_model(asked.base, quiet=asked.quiet)] if asked.base else []
     for each in checkpoints:
+        check_writes(each.config, "speed")
         _check_positions(each, asked.prompt, asked.new_tokens)
     work = Work(asked.prompt, asked.new_tokens, asked.batch_size, asked.seed)
     footprints: list[int | None] = [None for _ in checkpoints]

@@ -8,6 +8,7 @@ from shortcut.checkpoint.stage import write_text
 from shortcut.choose.plans import plans_by_rules, read_wanted
 from shortcut.choose.rules import parse_candidates, parse_rules
 from shortcut.common.errors import ShortcutError
+from shortcut.family.tasks import check_writes
 from shortcut.material.take import take_text
 from shortcut.options.groups import (
     Allowed,
@@ -66,6 +67,7 @@ def sweep(asked: SweepOptions) -> "Trials":
     pick_dtype(asked.dtype, pick_device(asked.device))
     check_files(asked.out, asked.plot)
     checkpoint = open_model(asked.model, asked.revision, quiet=asked.quiet)
+    check_writes(checkpoint.config, "trying several plans")
     depth = checkpoint.base.blocks
     counts, rules = parse_blocks(asked.count, depth + 1), parse_rules(asked.select)
     wanted = read_wanted(checkpoint.base, HowMany(count=max(counts)), {}, asked, asked.preset)

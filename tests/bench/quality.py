@@ -12,10 +12,11 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,8 +29,6 @@ from shortcut.checking.questions import Question, answer_choices, read_choices
 from shortcut.checkpoint.checkpoint import Checkpoint
 from shortcut.checkpoint.open import open_model
 from shortcut.choose.healed import Search
-from shortcut.choose.plans import Wanted, make_plan
-from shortcut.choose.rules import HEALED
 from shortcut.healing import refit, scale
 from shortcut.healing.own_text import with_own_text
 from shortcut.live.blocks import device_of, hidden_output
@@ -41,7 +40,6 @@ from shortcut.material.documents import Source, read_documents
 from shortcut.options.groups import Running
 from shortcut.records.methods import Method
 from shortcut.records.plan import Plan
-from shortcut.records.scores import Scores
 from shortcut.surgery.preview import preview
 from tests.bench import anchors
 from tests.bench.rounds import emit, say
@@ -87,18 +85,17 @@ class Bench:
         """What is fitted on, and what decides."""
         return self.text.split(len(self.text.sequences) // 4)
 
-    @cached_property
-    def chosen_healed(self) -> tuple[Scores, float]:
+    def choose(self) -> dict[str, Any]:
         """The order in which blocks go when each is priced healed, until the largest share is gone; and the seconds."""
-        start = time.perf_counter()
+        start, sizes, (fitting, deciding) = time.perf_counter(), self.base.block_parameters, self.parts
+        half = deciding.take(range(0, len(deciding.sequences), 2))
         with TemporaryDirectory(prefix="shortcut-bench-") as folder:
-            search = Search.of(self.live, self.base.base, *self.parts, HOW, Path(folder))
-            sizes, most = self.base.block_parameters, max(SHARES) * self.base.parameters
+            search = Search.of(self.live, self.base.base, fitting, half, HOW, Path(folder))
+            most = max(SHARES) * self.base.parameters
             moves = search.remove(
                 range(len(sizes)), len(sizes), lambda gone: sum(sizes[block] for block in gone) >= most, quiet=False
             )
-        scores = Scores(self.base.base, self.base.parameters, sizes, {}, {}, {}, {HEALED: moves})
-        return scores, time.perf_counter() - start
+        return {"order": [move.block for move in moves], "seconds": round(time.perf_counter() - start)}
 
     def span(self, share: float) -> Plan:
         """The span of this share that costs the least perplexity, on a quarter of the text that decides."""
@@ -112,8 +109,14 @@ class Bench:
                     prices.append((perplexity(self.live, self._batches(few)), first, plan))
         return min(prices)[-1]
 
-    def rows(self, share: float) -> dict[str, Callable[[], Healed]]:
-        """By name, what makes a row."""
+    def healed(self, share: float, order: Sequence[int]) -> Plan:
+        """The first blocks of an order that hold this share."""
+        sizes = [self.base.block_parameters[block] for block in order]
+        held = [total >= share * self.base.parameters for total in accumulate(sizes)]
+        return Plan.dropping(self.base.base, order[: held.index(True) + 1])
+
+    def rows(self, share: float, order: Sequence[int]) -> dict[str, Callable[[], Healed]]:
+        """By name, what makes a row; order: that in which blocks go when each is priced healed."""
         span = self.span(share)
         say(f"span: {span.described}")
         return {
@@ -121,9 +124,7 @@ class Bench:
             "scale (Prune&Comp)": lambda: self._scaled(span),
             "fold": lambda: self._fitted(span, "fold"),
             "refit": lambda: self._fitted(span, "refit"),
-            "healed, refit": lambda: self._fitted(
-                make_plan(_wanted(share), self.chosen_healed[0], "healed", HEALED), "refit"
-            ),
+            "healed, refit": lambda: self._fitted(self.healed(share, order), "refit"),
             "ReplaceMe, least squares": lambda: self._merged(span, anchors.least_squares),
             "ReplaceMe, cosine": lambda: self._merged(span, anchors.cosine),
             "LinearPatch": lambda: self._mapped(span, anchors.linear_patch),
@@ -164,10 +165,6 @@ class Bench:
             found = [answer_choices(self.live, self.tokenizer, each, batch_size=16).accuracy for each in asked]
         names = ("prose", "text", "questions", "cloze")
         return dict(zip(names, [*prices, *(round(100 * each, 1) for each in found)], strict=True))
-
-
-def _wanted(share: float) -> Wanted:
-    return Wanted(None, share, None, ("drop",), (), {})
 
 
 def cloze(text: str) -> tuple[Question, ...]:
@@ -223,7 +220,6 @@ def main() -> None:
     asked.add_argument("--out", type=Path, required=True)
     given = asked.parse_args()
     known = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out.exists() else []
-    done = {(line["model"], line["share"], line["row"]) for line in known}
     base = open_model(given.model, quiet=True)
     tokenizer = load_tokenizer(base.folder)
     prose = make_calibration(tokenizer, Source(), samples=SAMPLES, length=LENGTH)
@@ -231,30 +227,35 @@ def main() -> None:
         text = with_own_text(prose, SAMPLES, base, lambda: live, HOW, seed=0, quiet=False)
         assert isinstance(text, Calibration)
         bench = Bench(base, live, tokenizer, text)
+
+        def note(share: float, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            """What is in the file of a row, or is made and written there."""
+            for line in known:
+                if (line["model"], line["share"], line["row"]) == (given.model, share, name):
+                    return line
+            say(f"{share:.0%} {name}")
+            line = {"model": given.model, "share": share, "row": name, **make()}
+            with given.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            emit("quality", f"{given.model}, {SAMPLES} + {SAMPLES} x {LENGTH} tokens", **line)
+            return line
+
         whole = Healed(Plan.dropping(base.base, ()), {}, {})
-        for share in (0.0, *SHARES):
-            rows = bench.rows(share) if share else {"base": lambda: whole}
-            for name, make in rows.items():
-                if (given.model, share, name) not in done:
-                    line = one_row(bench, make, given.text, name)
-                    line = {"model": given.model, "share": share, "row": name, **line}
-                    with given.out.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                    emit("quality", f"{given.model}, {SAMPLES} + {SAMPLES} x {LENGTH} tokens", **line)
+        note(0.0, "base", lambda: one_row(bench, lambda: whole, given.text))
+        order = note(0.0, "order", bench.choose)["order"]
+        for share in SHARES:
+            for name, make in bench.rows(share, order).items():
+                note(share, name, lambda make=make: one_row(bench, make, given.text))
 
 
-def one_row(bench: Bench, make: Callable[[], Healed], text: str, name: str) -> dict[str, Any]:
+def one_row(bench: Bench, make: Callable[[], Healed], text: str) -> dict[str, Any]:
     """Heal and measure."""
-    if name.startswith("healed"):
-        _ = bench.chosen_healed  # whose seconds are counted apart
-    say(name)
     start = time.perf_counter()
     healed = make()
     seconds = time.perf_counter() - start
-    chosen = {"choosing_seconds": round(bench.chosen_healed[1])} if name.startswith("healed") else {}
     size = bench.base.parameters - sum(bench.base.block_parameters[block] for block in healed.plan.dropped)
     numbers = {"dropped": healed.plan.described, "parameters": size + healed.extra, "extra": healed.extra}
-    return {**numbers, "seconds": round(seconds, 1), **chosen, **bench.measure(healed, text)}
+    return {**numbers, "seconds": round(seconds, 1), **bench.measure(healed, text)}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def cells(row: dict[str, Any], base: dict[str, Any], cut: dict[str, Any]) -> lis
         gap = math.log(cut[name] / base[name])
         closed = "" if row in (base, cut) else f" ({math.log(cut[name] / row[name]) / gap:.0%})"
         prices.append(f"{row[name]:.2f}{closed}")
-    seconds = f"{row['seconds']:.0f}" + (f" + {row['choosing_seconds']}" if "choosing_seconds" in row else "")
+    seconds = f"{row['seconds']:.0f}"
     extra = f" + {row['extra'] / 1e6:.2f}" if row["extra"] else ""
     parameters = f"{(row['parameters'] - row['extra']) / 1e6:.1f}{extra} M"
     return [row["row"], *prices, f"{row['questions']:.1f}", f"{row['cloze']:.1f}", seconds, parameters]
@@ -28,7 +28,7 @@ def cells(row: dict[str, Any], base: dict[str, Any], cut: dict[str, Any]) -> lis
 def main() -> None:
     rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
     for model in dict.fromkeys(row["model"] for row in rows):
-        base = next(row for row in rows if row["model"] == model and not row["share"])
+        base = next(row for row in rows if row["model"] == model and row["row"] == "base")
         for share in sorted({row["share"] for row in rows if row["model"] == model} - {0.0}):
             found = [row for row in rows if row["model"] == model and row["share"] == share]
             cut = next(row for row in found if row["row"] == "cut")

@@ -128,7 +128,7 @@ def test_sweep_draws_quality_against_size(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"select": "best"}, "unknown rule 'best': there are lowest, span, deepest, greedy, healed and auto"),
+        ({"select": "best"}, "unknown rule 'best': there are lowest, span, deepest, spaced, greedy, healed and auto"),
         ({"select": "lowest,healed"}, "--select healed is for prune"),
         ({"count": "1-7"}, "cannot drop 7 of 7 blocks: 1 to 6 can go"),
         ({"select": "greedy", "metric": "magnitude"}, "magnitude cannot be scored again as blocks go"),

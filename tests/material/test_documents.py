@@ -127,6 +127,18 @@ def test_what_is_no_conversation(row: dict[str, object], chat_template: bool, me
         list(read_documents(Source(str(tmp_path / "a.jsonl"), chat_template=chat_template), 0))
 
 
+def test_contents_that_are_not_plain_text(tmp_path: Path) -> None:
+    """None beside a call of a tool is no text, and parts that are text are one; rows may be under a name."""
+    chat: list[dict[str, object]] = [
+        {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]},
+    ]
+    (tmp_path / "chats.json").write_text(json.dumps({"version": 1, "data": [{"messages": chat}]}))
+    (found,) = read_documents(Source(str(tmp_path / "chats.json"), chat_template=True), 0)
+    assert [message["content"] for message in found] == ["one two", ""]
+    assert [sorted(message) for message in found] == [["content", "role"], ["content", "role", "tool_calls"]]
+
+
 def test_text_beside_messages_is_text_without_the_switch(tmp_path: Path) -> None:
     """Where there are both, a column of text wins without --chat-template."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": CHAT, "text": "yes"}))

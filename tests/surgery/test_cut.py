@@ -188,16 +188,39 @@ def test_side_files_come_along(llama: Path, tmp_path: Path) -> None:
         "README.md",
         "pytorch_model.bin",
         "onnx/m.onnx",
+        "imatrix.dat",
+        "trainer_state.json",
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("x")
-    shortcut.cut(folder, tmp_path / "short", drop="6", quiet=True)
+    (folder / "params.json").write_text('{"dim": 40, "n_layers": 7}')
+    report = shortcut.cut(folder, tmp_path / "short", drop="6", quiet=True)
+    assert report.left_behind == ("imatrix.dat", "onnx/", "pytorch_model.bin", "trainer_state.json")
+    assert "left behind: imatrix.dat, onnx/, pytorch_model.bin, trainer_state.json" in str(report)
+    assert json.loads((tmp_path / "short" / "params.json").read_text()) == {"dim": 40, "n_layers": 6}
     names = {str(path.relative_to(tmp_path / "short")) for path in (tmp_path / "short").rglob("*") if path.is_file()}
     assert names == {
         *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-        *("LICENSE", "modeling_x.py", "chat_templates/tool.jinja", "shortcut.json"),
+        *("LICENSE", "modeling_x.py", "chat_templates/tool.jinja", "shortcut.json", "params.json"),
     }
     assert AutoTokenizer.from_pretrained(tmp_path / "short")("ab")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (lambda name: "" if ".layers.3." in name else name, "the weights have model.layers.0-6 without 3"),
+        (lambda name: f"_orig_mod.{name}", "the weights are those of a compiled model"),
+    ],
+)
+def test_names_that_cannot_be_cut(rename: Any, message: str, llama: Path, tmp_path: Path) -> None:
+    """A gap in the numbers is named; what transformers would not load is said before anything is written."""
+    folder = shutil.copytree(llama, tmp_path / "base")
+    tensors = {rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items() if rename(name)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ShortcutError, match=message):
+        shortcut.cut(folder, tmp_path / "short", drop="1", quiet=True)
+    assert not (tmp_path / "short").exists()
 
 
 @pytest.mark.parametrize(

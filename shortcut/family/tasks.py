@@ -1,0 +1,60 @@
+"""What a checkpoint is for: which auto class of transformers loads it, and what such a model gives at its end."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from shortcut.common.errors import ShortcutError
+
+Gives = Literal["next tokens", "masked tokens", "classes", "states"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """An auto class, the table of transformers that names its architectures by family, and what its models give."""
+
+    auto: str
+    table: str
+    gives: Gives
+
+
+# Where an architecture stands in several tables, the first of these counts.
+TASKS = (
+    Task("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "next tokens"),
+    Task("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "next tokens"),
+    Task("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "masked tokens"),
+    Task("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "classes"),
+    Task("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "classes"),
+    Task("AutoModel", "MODEL_MAPPING_NAMES", "states"),
+)
+WRITING, SEEING, MASKED = TASKS[:3]
+
+
+def check_writes(config: Mapping[str, Any], what: str) -> None:
+    """Raise ShortcutError for a model that does not predict the next token, for what needs that."""
+    if (gives := find_task(config).gives) != "next tokens":
+        name = (config.get("architectures") or [config.get("model_type")])[0]
+        raise ShortcutError(f"{what} needs a model that predicts the next token, and {name} gives {gives}")
+
+
+def find_task(config: Mapping[str, Any]) -> Task:
+    """What the content of a config.json says: by its architecture, by the code that comes along, or by its family.
+
+    A family whose models may do several things is taken for one that predicts masked tokens if it can, as encoders do,
+    then for one that writes, then for one that sees.
+    """
+    from transformers.models.auto import modeling_auto
+
+    family, architecture = config.get("model_type"), (config.get("architectures") or [None])[0]
+    named = {task: getattr(modeling_auto, task.table).get(family) for task in TASKS}
+    for task, names in named.items():
+        if architecture is not None and architecture in (names if isinstance(names, tuple) else (names,)):
+            return task
+    own = config.get("auto_map") or {}
+    for task in (SEEING, WRITING, *TASKS[2:]):
+        code = str(own.get(task.auto, "")).rpartition(".")[2]
+        if code and (task in (SEEING, WRITING) or architecture in (None, code)):
+            return task
+    encodes = architecture is None and not config.get("is_decoder")
+    guesses = (MASKED, WRITING, SEEING) if encodes else (WRITING, SEEING)
+    return next((task for task in guesses if named[task] is not None), WRITING)
