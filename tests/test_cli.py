@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 import yaml
@@ -164,6 +165,17 @@ def test_a_plan_goes_through_its_file(capsys, llama, tmp_path):
     assert yaml.safe_load(printed)["drop"] == "4-5"
     assert "drops  4-5\n" in succeeds(capsys, ["cut", str(llama), "out", "--plan", "plan.yaml"])
     assert json.loads(succeeds(capsys, ["inspect", "out", "--json"]))["blocks"][4]["number"] == 4
+
+
+@pytest.mark.parametrize("line", ["cut base out --drop 2", "score base", "prune base out --count 1", "chat base"])
+def test_a_config_that_contradicts_itself(capsys, checkpoint_of, tmp_path, line):
+    """The same line from every command."""
+    shutil.copytree(checkpoint_of("qwen3"), tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["layer_types"] = config["layer_types"][:5]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    assert "transformers cannot read this config: Class validation error" in fails(capsys, line.split(), 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 MISTAKES = {

@@ -31,6 +31,7 @@ FUSED = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
 COMPILED = "_orig_mod."  # what torch.compile puts in front of names
 
 _NOT_TEXT = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|qformer|projector|connector|aligner|vq|mtp)")
+_EXTRA_HEAD = re.compile(r"(^|\.)mtp[._]")  # multi-token prediction, where it has a container of its own
 _ENCODER = re.compile(r"(^|[._])encoder[._]")
 _NORM = re.compile(r"norm|^ln_?\d*$|^ln_f$")
 _ATTENTION = re.compile(r"attn|attention|mixer|mamba|ssm|conv|recurrent|temporal|^[qkvo]_proj")
@@ -51,6 +52,11 @@ class Anatomy:
         """("model.layers.7.mlp.up_proj.weight") -> (7, "mlp.up_proj.weight"); None for a tensor of no block."""
         match = re.match(r"(\d+)\.(.+)", name[len(self.container) :]) if name.startswith(self.container) else None
         return (int(match[1]), match[2]) if match else None
+
+    def predicts_further(self, name: str) -> bool:
+        """Whether a tensor is of a head behind the last block that predicts further tokens."""
+        where = self.split(name)
+        return _EXTRA_HEAD.search(name) is not None if where is None else where[0] >= self.depth
 
     def join(self, block: int, rest: str) -> str:
         """The inverse of `split`."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from shortcut.checkpoint.checkpoint import read_checkpoint
 from shortcut.common.errors import ShortcutError
 from shortcut.family.halves import has_own_code
 from shortcut.family.tasks import Task, find_task
@@ -70,7 +71,8 @@ def load_model(
 
     places: where its parts go instead, "disk" being where they are, and "auto" spreading them over all GPUs; scratch: a
     folder for those that have to be converted. Raises ShortcutError where any weight is missing, unexpected or of
-    another shape: transformers itself only logs that, and goes on with random numbers.
+    another shape: transformers itself only logs that, and goes on with random numbers. Heads that predict further
+    tokens, which it leaves out, are not unexpected.
     """
     import transformers
 
@@ -91,7 +93,11 @@ def load_model(
     except LOADING_ERRORS as error:
         raise ShortcutError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if wrong := sorted(map(str, info.get(kind) or ())):
+        wrong = sorted(map(str, info.get(kind) or ()))
+        if wrong and kind == "unexpected_keys":
+            anatomy = read_checkpoint(folder).anatomy
+            wrong = [name for name in wrong if not anatomy.predicts_further(name)]
+        if wrong:
             raise ShortcutError(
                 f"{folder} does not load whole: {len(wrong)} {kind.replace('_', ' ')}, such as {wrong[0]}"
             )
@@ -178,6 +184,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     trust_remote_code = trusts(folder, trust_remote_code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except StrictDataclassError as error:  # it reads the config first
+        raise ShortcutError(f"transformers cannot read this config: {' '.join(str(error).split())[:300]}") from None
     except LOADING_ERRORS as error:
         raise ShortcutError(f"no usable tokenizer in {folder}: {' '.join(str(error).split())[:200]}") from None
 

@@ -4,7 +4,6 @@ The plan becomes a list of output files (every tensor with its new name), then t
 last of all: until it is there, nothing loads the folder.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ from shortcut.surgery.hollow import blanked, gone_by_half, hollow_config, renumb
 from shortcut.surgery.numbering import QUANTISATION_FIELDS, QUANTISATION_FILES, renumber_metadata, renumber_settings
 
 PARAMS = "params.json"  # of code that is not transformers'
-_EXTRA_HEAD = re.compile(r"(^|\.)mtp[._]")  # multi-token prediction, where it has a container of its own
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,9 @@ def report_cut(
         bytes_before=checkpoint.size,
         bytes_after=sum(file.size for file in files),
         bytes_to_fetch=bytes_to_fetch(checkpoint.mirrors, needed(files)),
-        heads_dropped=tuple(name for name in checkpoint.tensors if plan.dropped and _is_extra_head(checkpoint, name)),
+        heads_dropped=tuple(
+            name for name in checkpoint.tensors if plan.dropped and checkpoint.anatomy.predicts_further(name)
+        ),
         left_behind=left_behind(checkpoint.folder),
         written=written,
     )
@@ -168,7 +168,7 @@ def carry_over(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[str, Tenso
     staying = {}
     for name, tensor in tensors.items():
         where = checkpoint.anatomy.split(name)
-        if where is None and not _is_extra_head(checkpoint, name):
+        if where is None and not checkpoint.anatomy.predicts_further(name):
             staying[name] = (name, _kept_parts(checkpoint, plan, tensor))
         elif where is not None and where[0] in numbers and name not in gone:
             staying[name] = (checkpoint.anatomy.join(numbers[where[0]], where[1]), tensor)
@@ -184,11 +184,6 @@ def _kept_parts(checkpoint: Checkpoint, plan: Plan, tensor: Tensor) -> Tensor:
     if tensor.dtype not in FLOATS or sum(name.startswith(f"{module}.") for name in checkpoint.tensors) > 1:
         raise ShortcutError(f"cannot cut {module} of {checkpoint.name}: it is quantised and has a part for every block")
     return select(tensor, axis, plan.base.blocks, plan.kept)
-
-
-def _is_extra_head(checkpoint: Checkpoint, name: str) -> bool:
-    where = checkpoint.anatomy.split(name)
-    return _EXTRA_HEAD.search(name) is not None if where is None else where[0] >= checkpoint.anatomy.depth
 
 
 def plan_files(checkpoint: Checkpoint, plan: Plan, max_shard_size: int | None = None) -> tuple[OutputFile, ...]:

@@ -282,6 +282,11 @@ def test_heads_behind_the_last_block_go_and_are_named(llama: Path, tmp_path: Pat
     assert not set(load_file(tmp_path / "short" / "model.safetensors")) & set(extra)
     assert json.loads((tmp_path / "short" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     load(tmp_path / "short")
+    text: dict[str, Any] = {"samples": 2, "length": 16, "quiet": True}
+    shortcut.prune(folder, tmp_path / "pruned", count=1, **text)  # which scores and checks
+    save_file(tensors | {"model.layers.2.surplus": torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ShortcutError, match=r"1 unexpected keys, such as model\.layers\.2\.surplus"):
+        shortcut.score(folder, **text)
 
 
 STYLES = {
