@@ -135,14 +135,13 @@ def check_checkpoint(
         written = {"base": _write(original, base[0].folder, before, how) if samples else [], **written}
         put_healed(original, short, base[1], healed)
         difference = compare_logits(logits, original, base[1], first_tokens(batches))
-    values = (after, before)
     return CheckReport(
         checkpoint=short.name,
         base=base[0].name if base else None,
         text=heldout.described,
         perplexity=after if isinstance(after, float) else None,
         perplexity_base=before if isinstance(before, float) else None,
-        answers=compare_answers(heldout, *values) if isinstance(heldout, Pictures) else None,
+        answers=compare_answers(heldout, after, before) if isinstance(heldout, Pictures) else None,
         agreement=(after.what, after.like(before)) if isinstance(after, Given) and before else None,
         bytes_compared=compared,
         logit_difference=difference,

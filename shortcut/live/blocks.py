@@ -41,12 +41,12 @@ def find_decoder(model: Model) -> nn.Module:
 def decode(model: Model, inputs: Mapping[str, Any]) -> Any:
     """Run the decoder without a cache; where images are among the inputs, with the towers that see them."""
     decoder = model.base_model if set(inputs) - {"input_ids", "attention_mask"} else find_decoder(model)
-    return decoder(**inputs, **_without_cache(decoder))
+    return decoder(**inputs, **_without_cache(model, decoder))
 
 
 def run_model(model: Model, inputs: Mapping[str, Any]) -> Tensor:
     """What a model gives, without a cache: its logits, or the last states where it has no head."""
-    return result_of(model(**inputs, **_without_cache(model)))
+    return result_of(model(**inputs, **_without_cache(model, model)))
 
 
 def result_of(output: Any) -> Tensor:
@@ -55,9 +55,9 @@ def result_of(output: Any) -> Tensor:
     return output.last_hidden_state if logits is None else logits
 
 
-def _without_cache(model: Model) -> dict[str, bool]:
-    """What a model is told that could keep a cache; encoders have none."""
-    keeps = model.can_generate() or "use_cache" in signature(model.forward).parameters
+def _without_cache(model: Model, part: nn.Module) -> dict[str, bool]:
+    """What a part of a model is told that could keep a cache; encoders have none."""
+    keeps = model.can_generate() or "use_cache" in signature(part.forward).parameters
     return {"use_cache": False} if keeps else {}
 
 

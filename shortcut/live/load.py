@@ -94,10 +94,7 @@ def load_model(
         raise ShortcutError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         wrong = sorted(map(str, info.get(kind) or ()))
-        if wrong and kind == "unexpected_keys":
-            anatomy = read_checkpoint(folder).anatomy
-            wrong = [name for name in wrong if not anatomy.predicts_further(name)]
-        if wrong:
+        if wrong := _without_heads(folder, wrong) if kind == "unexpected_keys" else wrong:
             raise ShortcutError(
                 f"{folder} does not load whole: {len(wrong)} {kind.replace('_', ' ')}, such as {wrong[0]}"
             )
@@ -106,6 +103,15 @@ def load_model(
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
     return model
+
+
+def _without_heads(folder: Path, names: list[str]) -> list[str]:
+    """These names of weights, but for heads that predict further tokens, where it can be told which they are."""
+    try:
+        is_head = read_checkpoint(folder).anatomy.predicts_further if names else bool
+    except ShortcutError:
+        return names
+    return [name for name in names if not is_head(name)]
 
 
 def trusts(folder: Path, *, trust_remote_code: bool) -> bool:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,7 +40,7 @@ from shortcut.options.groups import (
 )
 from shortcut.options.presets import PRESETS
 from shortcut.options.verb import handed_on, spell_out, verb
-from shortcut.records.methods import TRAINED
+from shortcut.records.methods import TRAINED, Method
 from shortcut.records.plan import Format, format_plan
 from shortcut.records.scores import Scores, format_scores
 from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
@@ -123,18 +124,21 @@ def prune(asked: PruneOptions) -> PruneReport:
     return prune_checkpoint(asked, own=asked.own)
 
 
-def prune_checkpoint(asked: PruneOptions, *, refitted: bool = False, own: int | None = None) -> PruneReport:
-    """What `prune` does where nothing is healed.
+def prune_checkpoint(asked: PruneOptions, *, methods: Sequence[Method] = (), own: int | None = None) -> PruneReport:
+    """What `prune` does in front of healing.
 
-    refitted: whether it will be, by refit, so that plans are tried as they are then; own: on how much text of the base.
+    methods: by which it will be healed; plans are tried as they are once refitted then. own: on how much text of the
+    base that is.
     """
     from shortcut.checking.verify import check_checkpoint
     from shortcut.live.load import pick_device, pick_dtype
     from shortcut.scoring.metrics import check_metrics
 
     base, target = open_model(asked.model, asked.revision, quiet=asked.quiet), Path(asked.out)
-    request = _read_request(asked, base, refitted=refitted, own=own)
+    request = _read_request(asked, base, refitted="refit" in methods, own=own)
     check_metrics(request.metrics if request.needs_model else (), base.config)
+    if methods:
+        check_writes(base.config, "healing")
     if request.is_open or request.healed:
         check_writes(base.config, "trying several plans")
     images = "freeze-visual" in (*(request.wanted.moves or {}).values(), *request.wanted.allow)
@@ -185,11 +189,10 @@ def _prune_and_heal(asked: PruneOptions) -> PruneReport:
     if handed_on(Training, asked) != Training() and not set(methods) & set(TRAINED):
         raise ShortcutError(f"{_OF_TRAINING} are for {' and '.join(TRAINED)}, and {asked.heal} trains nothing")
     read_methods(healing)
-    check_writes(open_model(asked.model, asked.revision, weights=False, quiet=True).config, "healing")
     for folder in (out, between):
         check_target(folder, overwrite=asked.overwrite)
-    alone, refitted = replace(asked, out=between, heal=None, **asdict(Training()), own=None), "refit" in methods
-    pruned = prune_checkpoint(alone, refitted=refitted, own=asked.own)
+    alone = replace(asked, out=between, heal=None, **asdict(Training()), own=None)
+    pruned = prune_checkpoint(alone, methods=methods, own=asked.own)
     try:
         healed = heal_checkpoint(healing)
     except ShortcutError as error:

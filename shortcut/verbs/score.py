@@ -68,9 +68,8 @@ def score(asked: ScoreOptions) -> Scores:
     depth = checkpoint.base.blocks
     may_go = parse_candidates(asked.candidates, asked.protect, depth)
     check_scaled(asked.scaled, asked.greedy)
-    removal = None
-    if asked.greedy:
-        removal = plan_removal(metrics[0], asked.greedy, may_go, depth, actions, scaled=asked.scaled)
+    greedy, scaled = asked.greedy, asked.scaled
+    removal = plan_removal(metrics[0], greedy, may_go, depth, actions, scaled=scaled) if greedy else None
     images, trust = bool(set(actions) & set(FREEZING)), asked.trust_remote_code
     calibration = take_text(checkpoint, asked, asked.samples, images=images, trust_remote_code=trust)
     parts = split_evenly(calibration, asked.stability) if asked.stability else []

@@ -59,9 +59,7 @@ def sweep(asked: SweepOptions) -> "Trials":
 
     metrics, actions = pick_metrics(asked.metric, asked.average), parse_actions(asked.allow)
     if set(actions) & set(FREEZING):
-        raise ShortcutError(
-            f"sweep compares perplexities, of which {asked.allow} says nothing: see score, freeze and demo"
-        )
+        raise ShortcutError(f"perplexities say nothing of {asked.allow}: see score, freeze and demo")
     if "healed" in parse_rules(asked.select):
         raise ShortcutError("sweep tries plans as they are cut: --select healed is for prune")
     pick_dtype(asked.dtype, pick_device(asked.device))

@@ -177,7 +177,7 @@ def test_other_ways_to_freeze_wrongly(tmp_path: Path) -> None:
     shortcut.cut(EMBEDDED_VISION, tmp_path / "short", drop="5", quiet=True)
     with pytest.raises(ShortcutError, match="refitting is fitted on text, not on questions about images"):
         shortcut.heal(tmp_path / "short", tmp_path / "healed", data="drawings", **text)
-    with pytest.raises(ShortcutError, match="sweep compares perplexities"):
+    with pytest.raises(ShortcutError, match="perplexities say nothing of freeze-visual"):
         shortcut.sweep(EMBEDDED_VISION, allow="freeze-visual", **text)
     with pytest.raises(ShortcutError, match="unknown action 'freeze-text'"):
         Plan.of(Base("", None, 3), {0: "freeze-text"})

@@ -515,7 +515,7 @@ def test_two_processes_train_as_one(short: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["refit", "fold", "scale"])
+@pytest.mark.parametrize("method", ["refit", "fold"])
 def test_two_processes_fit_as_one(method: str, short: Path, tmp_path: Path) -> None:
     """Each walks with half of the batches; sums and prices are of all."""
     how: dict[str, Any] = {"samples": 24, "length": 24, "own": 8}
