@@ -199,7 +199,7 @@ MISTAKES = {
     "plan {llama} --count 7 --select spaced": "cannot drop 7 of 7 blocks: 1 to 6 can go",
     "plan {llama} --keep 0-5 --drop 6": "say which blocks go, or which stay, not both",
     "plan {llama} --keep none": "cannot read 'none' in the block list 'none'",
-    "plan {llama} --keep every-other": "cannot read 'every-other' in the block list 'every-other'",
+    "plan {llama} --keep every-other": "cannot read 'every-other': there are every-second, every-third",
     "plan gone.json --count 2": "no scores at gone.json",
     "plan {llama} --drop 2 --out full": "cannot write full: Is a directory",
     "plan {llama} --drop 2 --out .": "cannot write .",

@@ -18,6 +18,10 @@ from shortcut.live.decoder import Batch
 from shortcut.live.load import Model
 
 FIRST, STEP = 3, 7  # the tokens that are masked
+EMBEDDINGS = "embeddings like the base's (mean cosine)"
+NUMBERS = "numbers like the base's (rank correlation)"
+CLASSES = "the same class as the base"
+TOKENS = "the same masked token as the base"
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,6 @@ class Given:
             ranks = torch.stack([each.values.argsort().argsort().double() for each in (self, other)])
             return torch.corrcoef(ranks)[0, 1].item()
         return (self.values == other.values).double().mean().item()
-
-
-EMBEDDINGS = "embeddings like the base's (mean cosine)"
-NUMBERS = "numbers like the base's (rank correlation)"
-CLASSES = "the same class as the base"
-TOKENS = "the same masked token as the base"
 
 
 @torch.inference_mode()

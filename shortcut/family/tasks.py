@@ -11,21 +11,37 @@ Gives = Literal["next tokens", "masked tokens", "classes", "states"]
 
 @dataclass(frozen=True)
 class Task:
-    """An auto class, the table of transformers that names its architectures by family, and what its models give."""
+    """An auto class, the table of transformers that names its architectures by family, and what its models give.
+
+    pipeline: what the Hub calls it.
+    """
 
     auto: str
     table: str
     gives: Gives
+    pipeline: str
 
 
 # Where an architecture stands in several tables, the first of these counts.
 TASKS = (
-    Task("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "next tokens"),
-    Task("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "next tokens"),
-    Task("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "masked tokens"),
-    Task("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "classes"),
-    Task("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "classes"),
-    Task("AutoModel", "MODEL_MAPPING_NAMES", "states"),
+    Task("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "next tokens", "text-generation"),
+    Task(
+        "AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "next tokens", "image-text-to-text"
+    ),
+    Task("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "masked tokens", "fill-mask"),
+    Task(
+        "AutoModelForSequenceClassification",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        "classes",
+        "text-classification",
+    ),
+    Task(
+        "AutoModelForTokenClassification",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+        "classes",
+        "token-classification",
+    ),
+    Task("AutoModel", "MODEL_MAPPING_NAMES", "states", "feature-extraction"),
 )
 WRITING, SEEING, MASKED = TASKS[:3]
 

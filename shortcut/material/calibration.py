@@ -127,12 +127,12 @@ def make_calibration(
             raise ShortcutError(f"--{name} {value} is too small")
     weights = parse_domains(source.data)
     shares = share_out(samples, list(weights.values()))
+    around = frame_of(tokenizer) if framed else (leading_bos(tokenizer), ())
     sequences: list[tuple[int, ...]] = []
     domains: list[int] = []
     for number, (data, share) in enumerate(zip(weights, shares, strict=True)):
         if not share:
             raise ShortcutError(f"--samples {samples} leaves none for {data}: use more, or give it more weight")
-        around = frame_of(tokenizer) if framed else (leading_bos(tokenizer), ())
         found = _make_sequences(tokenizer, replace(source, data=data), share, length, seed, by_document, around)
         if len(found) < (1 if fewer else share):
             unit = "documents" if by_document else f"sequences of {length} tokens"

@@ -121,8 +121,9 @@ def _rows_under(path: Path) -> str | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None  # whoever reads it says what is wrong, or reads it line by line
-    lists = [name for name, rows in content.items() if isinstance(rows, list)] if isinstance(content, dict) else []
-    return lists[0] if len(lists) == 1 else None
+    lists = [pair for pair in content.items() if isinstance(pair[1], list)] if isinstance(content, dict) else []
+    named = [name for name, rows in lists if rows and all(isinstance(row, dict) for row in rows)]
+    return named[0] if len(lists) == len(named) == 1 else None
 
 
 def _read_cell(source: Source, column: str, cell: Any) -> str | Conversation:

@@ -12,6 +12,7 @@ import yaml
 
 from shortcut.checking.verify import CheckReport
 from shortcut.checkpoint.checkpoint import Checkpoint, read_json
+from shortcut.checkpoint.modules import MODULES
 from shortcut.checkpoint.stage import RECORD
 from shortcut.common.errors import ShortcutError
 from shortcut.common.text import format_count, format_size, format_table
@@ -133,8 +134,9 @@ def _front(short: Checkpoint, base: Checkpoint) -> dict[str, Any]:
     link = front.get("license_link")
     if isinstance(link, str) and "://" not in link and origin is not None and not (short.folder / link).exists():
         front["license_link"] = f"{_address(origin)}/blob/{base.revision or 'main'}/{link}"
-    front.setdefault("pipeline_tag", "image-text-to-text" if _sees(short) else "text-generation")
-    front |= {"library_name": "transformers", "tags": ["pruned", "layer-pruning", "shortcut"]}
+    front.setdefault("pipeline_tag", find_task(short.config).pipeline)
+    library = "sentence-transformers" if (short.folder / MODULES).exists() else "transformers"
+    front |= {"library_name": library, "tags": ["pruned", "layer-pruning", "shortcut"]}
     if origin is not None:
         front |= {"base_model": origin, "base_model_relation": "finetune"}  # of the four that the Hub knows
     return front
@@ -164,7 +166,7 @@ def _body(
         gone=say_what_goes(plan),
         rest=_rest(short, check),
         table=format_table(["", "base", "healed" if check.healed else "shortened"], rows),
-        measured="Perplexity" if check.perplexity is not None else "Answers" if check.answers else "What it gives",
+        measured="Perplexity" if check.perplexity is not None else "Answers" if check.answers else "Compared",
         text=check.text,
         healed=" and the healed weights in it" if check.healed else "",
         difference=format(check.logit_difference or 0, ".3g"),

@@ -25,6 +25,7 @@ from shortcut.common.errors import ShortcutError
 from shortcut.common.text import format_count, format_size
 from shortcut.common.version import __version__
 from shortcut.family.anatomy import text_config
+from shortcut.family.tasks import find_task
 from shortcut.publish.card import loading_code, say_what_goes
 from shortcut.publish.plots import TITLES, goes
 from shortcut.records.actions import Action
@@ -146,7 +147,7 @@ def _count(checkpoint: Checkpoint, base: Checkpoint, plan: Plan) -> dict[str, fl
     """What a checkpoint holds, by its headers, and what the plan that made it of the base saves when it runs."""
     found: dict[str, float | str] = {"blocks": len(plan.kept)}
     found |= {"parameters": checkpoint.parameters, "bytes": checkpoint.size}
-    cache = cache_per_token(base, plan)
+    cache = cache_per_token(base, plan) if find_task(base.config).gives == "next tokens" else None
     return found if cache is None else found | {"KV cache per token": cache}
 
 

@@ -39,6 +39,8 @@ def parse_kept(text: str, depth: int) -> tuple[int, ...]:
     Raises ShortcutError as `parse_blocks` does.
     """
     words = {f"every-{word}": step for step, word in enumerate(("second", "third", "fourth", "fifth", "sixth"), 2)}
+    if text.startswith("every-") and text not in words:
+        raise ShortcutError(f"cannot read {text!r}: there are {', '.join(words)}")
     return tuple(range(0, depth, words[text])) if text in words else parse_blocks(text, depth)
 
 

@@ -140,7 +140,7 @@ def prune_checkpoint(asked: PruneOptions, *, methods: Sequence[Method] = (), own
     if methods:
         check_writes(base.config, "healing")
     if request.is_open or request.healed:
-        check_writes(base.config, "trying several plans")
+        check_writes(base.config, "choosing by perplexity")
     images = "freeze-visual" in (*(request.wanted.moves or {}).values(), *request.wanted.allow)
     limit = None if asked.max_shard_size is None else parse_size(asked.max_shard_size)
     # What is wrong with the request is said before the long work, not after it.

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from shortcut.common.errors import ShortcutError
-from shortcut.material.documents import Source, parse_domains, read_documents
+from shortcut.material.documents import Source, _rows_under, parse_domains, read_documents
 
 TEXTS = [f"document {number}: " + "words and more words. " * (number + 1) for number in range(9)]
 
@@ -137,6 +137,14 @@ def test_contents_that_are_not_plain_text(tmp_path: Path) -> None:
     (found,) = read_documents(Source(str(tmp_path / "chats.json"), chat_template=True), 0)
     assert [message["content"] for message in found] == ["one two", ""]
     assert [sorted(message) for message in found] == [["content", "role"], ["content", "role", "tool_calls"]]
+
+
+def test_a_file_of_columns_is_no_list_of_rows(tmp_path: Path) -> None:
+    """A single column of texts under its name is read as before."""
+    (tmp_path / "columns.json").write_text(json.dumps({"text": ["one", "two"]}))
+    assert _rows_under(tmp_path / "columns.json") is None
+    (tmp_path / "rows.json").write_text(json.dumps({"version": 1, "data": [{"text": "one"}]}))
+    assert list(read_documents(Source(str(tmp_path / "rows.json")), 0)) == ["one"]
 
 
 def test_text_beside_messages_is_text_without_the_switch(tmp_path: Path) -> None:

@@ -167,7 +167,10 @@ def test_scored_pruned_and_checked(name: str, encoder: Callable[[str], Path], tm
     assert again.agreement == report.check.agreement
     auto = find_task(json.loads((base / "config.json").read_text())).auto
     assert isinstance(getattr(transformers, auto).from_pretrained(tmp_path / "out"), type(short))
-    assert f"{auto}.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{auto}.from_pretrained" in card
+    assert "text-generation" not in card
+    assert all("parameters" in held and "KV cache per token" not in held for held in report.page.columns.values())
 
 
 @pytest.mark.parametrize("name", ["BertModel", "ModernBertModel", "MPNetModel"])
@@ -202,13 +205,13 @@ def test_embeddings_are_means_of_real_tokens() -> None:
 WRITING = {
     "score {} --metric kl": "the metric kl needs a model that predicts the next token, and BertModel gives states",
     "score {} --metric taylor": "the metric taylor needs a model that predicts the next token",
-    "prune {} out --count 2 --select auto": "trying several plans needs a model that predicts the next token",
+    "prune {} out --count 2 --select auto": "choosing by perplexity needs a model that predicts the next token",
     "prune {} out --count 2 --heal refit": "healing needs a model that predicts the next token",
     "eval {}": "eval needs a model that predicts the next token",
     "speed {}": "speed needs a model that predicts the next token",
     "chat {}": "chat needs a model that predicts the next token",
     "prune {} out --count 2 --metric perplexity": "the metric perplexity needs a model that predicts the next token",
-    "sweep {} --count 1": "trying several plans needs a model that predicts the next token",
+    "sweep {} --count 1": "choosing by perplexity needs a model that predicts the next token",
 }
 
 
