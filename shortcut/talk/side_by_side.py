@@ -26,6 +26,8 @@ class Column:
     checkpoint: Checkpoint
     model: Model
     reader: Any
+    size: int  # bytes of the weights in memory
+    block_sizes: tuple[int, ...]
     plan: Plan | None = None
     turn: AbstractContextManager[Any] = field(default_factory=Lock)  # one answer, or one plan, at a time
 
@@ -38,10 +40,8 @@ class Column:
     def facts(self) -> str:
         """Parameters, and bytes of the weights in memory: of a plan, what both would be if it were cut."""
         gone = self.plan.dropped if self.plan else ()
-        blocks = find_blocks(self.model)
         parameters = self.checkpoint.parameters - sum(self.checkpoint.block_parameters[i] for i in gone)
-        weights = (weight for i in gone for weight in blocks[i].parameters())
-        size = self.model.get_memory_footprint() - sum(weight.nbytes for weight in weights)
+        size = self.size - sum(self.block_sizes[i] for i in gone)
         return f"{format_count(parameters)} parameters, {format_size(size)}"
 
 
@@ -58,7 +58,10 @@ def load_column(checkpoint: Checkpoint, how: Loading) -> Column:
     """Load what a checkpoint needs to answer. Raises ShortcutError where it cannot be."""
     sees = sees_images(checkpoint.config)
     reader = load_reader(checkpoint.folder, sees=sees, trust_remote_code=how.trust_remote_code)
-    return Column(checkpoint, load_model(checkpoint.folder, how), reader)
+    model = load_model(checkpoint.folder, how)
+    # measured here: a model that is answering changes its config, in a thread of its own
+    sizes = tuple(sum(weight.nbytes for weight in block.parameters()) for block in find_blocks(model))
+    return Column(checkpoint, model, reader, model.get_memory_footprint(), sizes)
 
 
 def without(column: Column, blocks: Sequence[int]) -> Column:
