@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from shortcut.checking.speed import cache_in
-from shortcut.live.decoder import Batch, Decoder
+from shortcut.live.batch import Batch
+from shortcut.live.decoder import Decoder
 from shortcut.modeling.passing import cache_argument
 from shortcut.scoring.blocks import score_blocks
 from shortcut.scoring.metrics import Metric

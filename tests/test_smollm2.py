@@ -24,7 +24,8 @@ from shortcut.checkpoint.checkpoint import read_checkpoint
 from shortcut.checkpoint.open import EMBEDDED_MODEL, embedded_model, open_model
 from shortcut.cli import main
 from shortcut.healing.scale import fit_scales, new_weights
-from shortcut.live.decoder import Batch, Decoder
+from shortcut.live.batch import Batch
+from shortcut.live.decoder import Decoder
 from shortcut.live.load import load_model, load_tokenizer
 from shortcut.material.calibration import make_batches, make_calibration
 from shortcut.material.documents import Source

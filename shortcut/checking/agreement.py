@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from shortcut.common.errors import ShortcutError
+from shortcut.common.stacks import Stack
 from shortcut.family.tasks import Gives
+from shortcut.live.batch import Batch
 from shortcut.live.blocks import run_model
-from shortcut.live.decoder import Batch
 from shortcut.live.load import Model
 
 FIRST, STEP = 3, 7  # the tokens that are masked
@@ -45,27 +46,37 @@ class Given:
 
 
 @torch.inference_mode()
-def what_it_gives(model: Model, gives: Gives, batches: Iterable[Batch], tokenizer: Any) -> Given:
-    """Run a live model over text. Raises ShortcutError where tokens are to be masked, and there is none for that."""
+def what_it_gives(
+    model: Model, gives: Gives, batches: Iterable[Batch], tokenizer: Any, stack: Stack = "decoder"
+) -> Given:
+    """Run a live model over batches. tokenizer: needed where tokens are masked.
+
+    Raises ShortcutError where tokens are to be masked, and there is none for that.
+    """
     rows, what = list[Tensor](), EMBEDDINGS
     for batch in batches:
         if gives == "masked tokens":
             what, batch, hidden = TOKENS, *masked(batch, tokenizer)
             rows.append(run_model(model, batch.inputs)[hidden].argmax(-1))
             continue
-        result = run_model(model, batch.inputs).float()
+        result = run_model(model, batch.inputs, stack).float()
         if gives == "states":
             rows.append(pooled(result, batch.mask))
         else:
             result = result[batch.mask] if result.shape[:2] == batch.ids.shape else result
             what = CLASSES if result.shape[-1] > 1 else NUMBERS
-            rows.append(result.argmax(-1) if what == CLASSES else result[:, 0])
+            rows.append(result.argmax(-1).flatten() if what == CLASSES else result[:, 0])
     return Given(what, torch.cat(rows).cpu())
 
 
 def pooled(states: Tensor, mask: Tensor) -> Tensor:
-    """The mean over real tokens: (batch, tokens, width) -> (batch, width)."""
-    kept = mask.to(states)[..., None]
+    """The mean over real tokens, (batch, tokens, width) -> (batch, width); what is pooled already stays as it is.
+
+    Where states are not of these tokens, but of parts of images or sound, all count.
+    """
+    if states.dim() == 2:
+        return states
+    kept = (mask if mask.shape == states.shape[:2] else torch.ones(states.shape[:2])).to(states)[..., None]
     return (states * kept).sum(1) / kept.sum(1)
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from shortcut.common.errors import ShortcutError
+from shortcut.live.batch import Batch
 from shortcut.live.blocks import run_model
-from shortcut.live.decoder import Batch
 from shortcut.live.load import Model
 from shortcut.records.scores import perplexity_of
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from shortcut.live.load import LOADING_ERRORS, Model, load_tokenizer
-from shortcut.material.pictures import Material, Pictures
+from shortcut.material.examples import Material
+from shortcut.material.pictures import Pictures
 
 # A question where there is a chat template, else the beginning of a text.
 PROMPTS = (

@@ -11,7 +11,7 @@ from shortcut.common.progress import track
 from shortcut.common.text import format_count, format_table
 from shortcut.live.blocks import device_of
 from shortcut.live.load import Model
-from shortcut.material.pictures import Material
+from shortcut.material.examples import Material
 from shortcut.records.actions import Action
 from shortcut.records.plan import Plan
 from shortcut.records.scores import Scores
@@ -97,7 +97,7 @@ def try_plans(
         if plan.actions not in known and price is not None:
             known[plan.actions] = price(plan)
         elif plan.actions not in known:
-            with preview(model, plan):
+            with preview(model, plan, batches[0]):
                 known[plan.actions] = perplexity(model, batches)
     trials = tuple(
         Trial(

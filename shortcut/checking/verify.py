@@ -24,11 +24,13 @@ from shortcut.checkpoint.checkpoint import Checkpoint, read_json
 from shortcut.checkpoint.stage import RECORD
 from shortcut.common.errors import ShortcutError
 from shortcut.common.progress import track
+from shortcut.common.stacks import Stack
 from shortcut.common.text import format_size
+from shortcut.live.batch import Batch
 from shortcut.live.blocks import find_blocks, hidden_input, hidden_output, run_model
-from shortcut.live.decoder import Batch
 from shortcut.live.load import Model, load_model, load_tokenizer, task_of
-from shortcut.material.pictures import Material, Pictures
+from shortcut.material.examples import Material
+from shortcut.material.pictures import Pictures
 from shortcut.options.groups import Running
 from shortcut.records.plan import Plan
 from shortcut.surgery.diff import compare_tensors
@@ -126,7 +128,7 @@ def check_checkpoint(
     batches = heldout.batches(how.batch_size, model.device)
     after = _measure(model, short, heldout, batches, how)
     written = {"healed" if healed else "shortened": _write(model, short.folder, after, how) if samples else []}
-    logits = logits_of(model, first_tokens(batches))
+    logits = logits_of(model, first_tokens(batches), short.stack)
     del model
     difference, before = None, None
     if base is not None:
@@ -158,10 +160,11 @@ def _measure(model: Model, checkpoint: Checkpoint, heldout: Material, batches: S
     """The perplexity of a model on text, measured once, its answers to questions about images, or what it gives."""
     if isinstance(heldout, Pictures):
         return answer(model, heldout, how.batch_size, f"answers, {checkpoint.name}", quiet=how.quiet)
-    if (gives := task_of(model.config).gives) != "next tokens":
-        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=how.trust_remote_code)
+    if (gives := task_of(model).gives) != "next tokens":
         shown = track(batches, f"outputs, {checkpoint.name}", quiet=how.quiet)
-        return what_it_gives(model, gives, shown, tokenizer)
+        masks = gives == "masked tokens"
+        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=how.trust_remote_code) if masks else None
+        return what_it_gives(model, gives, shown, tokenizer, checkpoint.stack)
     files = [(file.path.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in checkpoint.files]
     depends_on = [files, dict(checkpoint.config), heldout.hash, str(model.dtype), str(model.device), how.batch_size]
     key = json.dumps(depends_on)
@@ -172,7 +175,7 @@ def _measure(model: Model, checkpoint: Checkpoint, heldout: Material, batches: S
 
 def _write(model: Model, folder: Path, measured: Any, how: Running) -> Any:
     """What a live model writes behind the prompts of samples; the answers that it was measured by, where it was."""
-    if isinstance(measured, Given):
+    if isinstance(measured, Given) or model.config.is_encoder_decoder:
         return []
     return measured if isinstance(measured, list) else write_on(model, folder, trust_remote_code=how.trust_remote_code)
 
@@ -196,14 +199,14 @@ def put_healed(base: Model, short: Checkpoint, plan: Plan, healed: Sequence[str]
             raise ShortcutError(f"the record of {short.name} calls {name} healed, which is in no block")
         block, rest = where
         with safe_open(short.tensors[name].file, framework="pt") as file:
-            weight = find_blocks(base)[plan.kept[block]].get_parameter(rest)
+            weight = find_blocks(base, plan.base.stack)[plan.kept[block]].get_parameter(rest)
             weight.data.copy_(file.get_tensor(name))
 
 
 @torch.inference_mode()
-def logits_of(model: Model, batch: Batch) -> torch.Tensor:
+def logits_of(model: Model, batch: Batch, stack: Stack = "decoder") -> torch.Tensor:
     """What a model gives for one batch, on the CPU: of its real tokens, (tokens, values), or (sequences, classes)."""
-    result = run_model(model, batch.inputs)
+    result = run_model(model, batch.inputs, stack)
     return (result[batch.mask] if result.shape[:2] == batch.ids.shape else result).cpu()
 
 
@@ -213,8 +216,8 @@ def compare_logits(short: torch.Tensor, base: Model, plan: Plan, batch: Batch) -
     Raises ShortcutError where it is more than rounding.
     """
     frozen, rest = plan.frozen, ["keep" if action == "freeze-visual" else action for action in plan.actions]
-    with preview(base, replace(plan, actions=tuple(rest))), images_put_back(base, frozen, batch):
-        expected = logits_of(base, batch)
+    with preview(base, replace(plan, actions=tuple(rest)), batch), images_put_back(base, frozen, batch):
+        expected = logits_of(base, batch, plan.base.stack)
     difference, scale = (short - expected).abs().max().item(), expected.abs().max().item()
     if not difference <= LOGIT_TOLERANCE * scale:
         raise ShortcutError(
@@ -242,7 +245,7 @@ def images_put_back(model: Model, blocks: Sequence[int], batch: Batch) -> Iterat
 def first_tokens(batches: Sequence[Batch], tokens: int = 64) -> Batch:
     """The beginning of the first sequence, as a batch of one: enough to tell a wrong model from a right one.
 
-    Of questions about images, all of the first batch.
+    Where a model is given more than text, all of the first batch.
     """
     first = batches[0]
-    return first if first.visual is not None else Batch(first.ids[:1, :tokens], first.mask[:1, :tokens])
+    return first if first.extra else Batch(first.ids[:1, :tokens], first.mask[:1, :tokens])

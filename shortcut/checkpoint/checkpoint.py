@@ -10,6 +10,7 @@ from typing import Any
 from shortcut.checkpoint.remote import Mirror
 from shortcut.checkpoint.tensors import Tensor, TensorFile, read_header
 from shortcut.common.errors import ShortcutError
+from shortcut.common.stacks import Stack
 from shortcut.family.anatomy import Anatomy, find_anatomy
 from shortcut.family.fields import check_family, check_fields
 from shortcut.records.plan import Base
@@ -21,7 +22,7 @@ MAX_NESTING = 64  # levels of objects and lists in a JSON file; real ones have f
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The headers of a checkpoint. `name` and `revision` say what the user called it."""
+    """The headers of a checkpoint. `name` and `revision` say what the user called it; stack, whose blocks are meant."""
 
     folder: Path
     name: str
@@ -29,12 +30,13 @@ class Checkpoint:
     config: Mapping[str, Any]
     files: tuple[TensorFile, ...]
     mirrors: tuple[Mirror, ...] = ()  # of weight files that are on the Hub, and here only in part
+    stack: Stack = "decoder"
 
     @cached_property
     def anatomy(self) -> Anatomy:
         """Where its blocks are. Raises ShortcutError where that cannot be told."""
         try:
-            return find_anatomy(self.tensors, self.config)
+            return find_anatomy(self.tensors, self.config, self.stack)
         except ShortcutError:
             check_family(self.config)  # knows more of families whose blocks are no plain list
             raise
@@ -47,7 +49,7 @@ class Checkpoint:
     @property
     def base(self) -> Base:
         """How plans and scores name this checkpoint."""
-        return Base(self.name, self.revision, self.anatomy.depth)
+        return Base(self.name, self.revision, self.anatomy.depth, self.stack)
 
     @property
     def size(self) -> int:

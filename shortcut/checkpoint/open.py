@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from shortcut.checkpoint.stage import RECORD
 from shortcut.checkpoint.tensors import read_header
 from shortcut.common.errors import ShortcutError
 from shortcut.common.progress import say
+from shortcut.common.stacks import Stack
 from shortcut.common.version import __version__
 from shortcut.family.halves import is_outdated
 from shortcut.records.plan import Plan
@@ -51,23 +53,29 @@ EMBEDDED_VISION = str(files("shortcut").joinpath("data", TINY_VISION))
 
 
 def open_model(
-    model: str | Path, revision: str | None = None, *, weights: bool = True, quiet: bool = False
+    model: str | Path,
+    revision: str | None = None,
+    *,
+    stack: Stack = "decoder",
+    weights: bool = True,
+    quiet: bool = False,
 ) -> Checkpoint:
     """Read the headers of the checkpoint that MODEL names; a GGUF file is converted once.
 
-    weights: whether all weights of a Hub model are to be fetched; if not, its headers are, and the rest when it is cut.
-    Raises ShortcutError where there is no such model, and where there is no way to it.
+    stack: which of its stacks of blocks is meant; weights: whether all weights of a Hub model are to be fetched; if
+    not, its headers are, and the rest when it is cut. Raises ShortcutError where there is no such model, and where
+    there is no way to it.
     """
     checkpoint = _find_model(model, revision, weights=weights, quiet=quiet)
     tell_if_outdated(checkpoint, quiet=quiet)
-    return checkpoint
+    return replace(checkpoint, stack=stack)
 
 
 def open_folder(folder: Path, *, quiet: bool = False) -> Checkpoint:
-    """Read the headers of a checkpoint that shortcut wrote into a folder."""
-    checkpoint = read_checkpoint(folder)
+    """Read the headers of a checkpoint that shortcut wrote into a folder; meant is the stack that was shortened."""
+    checkpoint, plan = read_checkpoint(folder), read_record(folder)
     tell_if_outdated(checkpoint, quiet=quiet)
-    return checkpoint
+    return checkpoint if plan is None else replace(checkpoint, stack=plan.base.stack)
 
 
 def tell_if_outdated(checkpoint: Checkpoint, *, quiet: bool) -> None:
@@ -211,7 +219,7 @@ def read_record(folder: Path) -> Plan | None:
 def open_base(plan: Plan, base: str | None, revision: str | None, *, quiet: bool) -> Checkpoint:
     """What a plan says was cut, or another copy of it; of that, the plan's revision says nothing."""
     known = plan.base.revision if base is None else None
-    return open_model(base or plan.base.model, revision or known, quiet=quiet)
+    return open_model(base or plan.base.model, revision or known, stack=plan.base.stack, quiet=quiet)
 
 
 def identify(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from shortcut.common.progress import gauge
 from shortcut.healing.projections import find_projection
 from shortcut.healing.squares import gather
 from shortcut.healing.streams import UNCHANGED, Changes, Streams, perplexities_behind
+from shortcut.live.batch import Batch
 from shortcut.live.blocks import device_of
-from shortcut.live.decoder import PROBE, Batch, Decoder
+from shortcut.live.decoder import PROBE, Decoder
 from shortcut.live.load import Model
 from shortcut.live.offload import free_memory, resident
-from shortcut.material.pictures import Material
+from shortcut.material.examples import Material
 from shortcut.options.groups import Running
 from shortcut.records.actions import Move
 from shortcut.records.plan import Base, Plan

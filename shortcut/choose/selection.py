@@ -19,7 +19,7 @@ from shortcut.records.scores import Scores
 if TYPE_CHECKING:
     from shortcut.checking.trials import Trials
     from shortcut.choose.healed import Search
-    from shortcut.material.pictures import Material
+    from shortcut.material.examples import Material
     from shortcut.scoring.greedy import Removal
     from shortcut.scoring.metrics import Metric
 

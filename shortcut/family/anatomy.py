@@ -1,8 +1,9 @@
-"""Where a family keeps its decoder blocks: in the tensor names, in the config, in a live model.
+"""Where a family keeps its blocks: in the tensor names, in the config, in a live model.
 
 Discovered, not tabulated. The block container is the name prefix whose first integer component runs over exactly
-0..L-1, with L the layer count of the (text) config; vision and audio towers, encoders and projectors are told apart by
-their names. The same rule reads the names in a file and the parameter names of a live model.
+0..L-1, with L the layer count in the part of the config that is about this stack of blocks; towers for images and
+sound, encoders and projectors are told apart by their names. The same rule reads the names in a file and the parameter
+names of a live model.
 """
 
 import re
@@ -12,18 +13,26 @@ from itertools import islice, starmap
 from typing import Any, Literal
 
 from shortcut.common.errors import ShortcutError
+from shortcut.common.stacks import STACKS, Stack
 
 Part = Literal["attention", "mlp", "norms", "other"]
 
-# Where composite models keep the config of their text decoder; the first that is there counts.
-TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "decoder_config")
+# Where composite models keep the config of each stack; the first that is there counts.
+CONFIGS: Mapping[Stack, tuple[str, ...]] = {
+    "decoder": ("text_config", "llm_config", "language_config", "decoder", "decoder_config"),
+    "encoder": ("encoder", "encoder_config"),
+    "vision": ("vision_config", "vit_config", "visual"),
+    "audio": ("audio_config", "speech_config"),
+}
 # Names of the layer count. The decoder's own comes first: an encoder-decoder's num_hidden_layers is its encoder's.
 DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers")
+ENCODER_DEPTHS = ("encoder_layers", "num_encoder_layers")
 # Lists whose length is the number of blocks, where no field names it.
 DEPTH_LISTS = ("layers_block_type", "hybrid_override_pattern")
 # Numbers of blocks behind the last one that predict further tokens, where they are stored in the same container.
 EXTRA_HEADS = ("num_nextn_predict_layers", "num_mtp_layers")
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "layers")
+TOWER_DEPTHS = (*DEPTHS, *ENCODER_DEPTHS, "depth")
 
 # Modules outside the blocks whose weight holds an equal part for every block, and along which axis (Gemma 3n and 4).
 FUSED = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
@@ -33,6 +42,9 @@ COMPILED = "_orig_mod."  # what torch.compile puts in front of names
 _NOT_TEXT = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|qformer|projector|connector|aligner|vq|mtp)")
 _EXTRA_HEAD = re.compile(r"(^|\.)mtp[._]")  # multi-token prediction, where it has a container of its own
 _ENCODER = re.compile(r"(^|[._])encoder[._]")
+_DECODER = re.compile(r"(^|[._])decoder[._]")
+_VISION = re.compile(r"(^|[._])(vision|visual|vit|image)")
+_AUDIO = re.compile(r"(^|[._])(audio|speech)")
 _NORM = re.compile(r"norm|^ln_?\d*$|^ln_f$")
 _ATTENTION = re.compile(r"attn|attention|mixer|mamba|ssm|conv|recurrent|temporal|^[qkvo]_proj")
 _MLP = re.compile(r"mlp|ffn|feed_?forward|moe|expert|router|^fc_?\d|^fc_(in|out)|^wi|^wo|dense_(h|4h)|^channel_mix")
@@ -40,13 +52,14 @@ _MLP = re.compile(r"mlp|ffn|feed_?forward|moe|expert|router|^fc_?\d|^fc_(in|out)
 
 @dataclass(frozen=True)
 class Anatomy:
-    """container: name prefix before the block number ("model.layers."); config_path: keys that lead to the text config
-    inside config.json; depth_fields: the names there that hold the number of blocks."""
+    """container: name prefix before the block number ("model.layers."); config_path: keys that lead to the part of
+    config.json that is about these blocks; depth_fields: the names there that hold the number of blocks."""
 
     container: str
     depth: int
     config_path: tuple[str, ...]
     depth_fields: tuple[str, ...]
+    stack: Stack = "decoder"
 
     def split(self, name: str) -> tuple[int, str] | None:
         """("model.layers.7.mlp.up_proj.weight") -> (7, "mlp.up_proj.weight"); None for a tensor of no block."""
@@ -63,19 +76,24 @@ class Anatomy:
         return f"{self.container}{block}.{rest}"
 
 
-def find_anatomy(names: Iterable[str], config: Mapping[str, Any]) -> Anatomy:
+def find_anatomy(names: Iterable[str], config: Mapping[str, Any], stack: Stack = "decoder") -> Anatomy:
     """Find the block container among tensor names, given the content of config.json.
 
-    Raises ShortcutError, saying what was found, where no container or more than one agrees with the config.
+    stack: which one of several; a model that has only one is found as "decoder", whatever it is. Raises ShortcutError,
+    saying what was found, where no container or more than one agrees with the config.
     """
-    path, text = text_config(config)
+    path, part = stack_config(config, stack)
     numbers = _numbers(names)
+    text = {prefix: found for prefix, found in numbers.items() if not _NOT_TEXT.search(prefix)}
+    alone = not any(_part(config, other)[0] for other in STACKS)
+    numbers = _of_stack(numbers, stack) if stack != "decoder" else text or (numbers if alone else {})
     counts = {prefix: len(found) for prefix, found in numbers.items() if max(found) + 1 == len(found)}
-    fields = depth_fields(text)
+    fields = depth_fields(part, stack)
     if not fields:
-        raise ShortcutError(f"the config names no number of blocks: looked for {', '.join(DECODER_DEPTHS + DEPTHS)}")
-    depth = text[fields[0]] if isinstance(text[fields[0]], int) else len(text[fields[0]])
-    extra = next((text[name] for name in EXTRA_HEADS if isinstance(text.get(name), int)), 0)
+        looked = DECODER_DEPTHS + DEPTHS if stack == "decoder" else TOWER_DEPTHS
+        raise ShortcutError(f"the config names no number of blocks: looked for {', '.join(looked)}")
+    depth = part[fields[0]] if isinstance(part[fields[0]], int) else len(part[fields[0]])
+    extra = next((part[name] for name in EXTRA_HEADS if isinstance(part.get(name), int)), 0)
     fitting = [prefix for prefix, count in counts.items() if count in (depth, depth + extra)]
     if len(fitting) > 1:  # an encoder as deep as the decoder
         fitting = [prefix for prefix in fitting if not _ENCODER.search(prefix)] or fitting
@@ -89,15 +107,35 @@ def find_anatomy(names: Iterable[str], config: Mapping[str, Any]) -> Anatomy:
             f"the weights are those of a compiled model, whose names start with {COMPILED}: transformers does not load "
             "them; save the model that was compiled"
         )
-    return Anatomy(fitting[0], depth, path, fields)
+    return Anatomy(fitting[0], depth, path, fields, stack)
+
+
+def other_stacks(names: Iterable[str], config: Mapping[str, Any], stack: Stack) -> dict[Stack, int]:
+    """The stacks that a model has beside this one, and how many blocks each has."""
+    found: dict[Stack, int] = {}
+    names = list(names)
+    for other in STACKS:
+        try:
+            if other != stack:
+                found[other] = find_anatomy(names, config, other).depth
+        except ShortcutError:
+            continue
+    return found
+
+
+def _of_stack(numbers: Mapping[str, set[int]], stack: Stack) -> dict[str, set[int]]:
+    """Those prefixes that are of a stack other than the decoder."""
+    if stack == "encoder":
+        return {p: found for p, found in numbers.items() if _ENCODER.search(p) and not _NOT_TEXT.search(p)}
+    pattern = _VISION if stack == "vision" else _AUDIO
+    return {prefix: found for prefix, found in numbers.items() if pattern.search(prefix)}
 
 
 def _numbers(names: Iterable[str]) -> dict[str, set[int]]:
-    """By prefix outside other towers, the first integer components behind it."""
+    """By prefix, the first integer components behind it."""
     numbers: dict[str, set[int]] = {}
     for name in names:
-        match = re.match(r"(.*?(?:^|\.))(\d+)\.", name)
-        if match and not _NOT_TEXT.search(match[1]):
+        if match := re.match(r"(.*?(?:^|\.))(\d+)\.", name):
             numbers.setdefault(match[1], set()).add(int(match[2]))
     return numbers
 
@@ -109,8 +147,11 @@ def _describe(prefix: str, numbers: set[int]) -> str:
 
 
 def is_other_tower(prefix: str, container: str) -> bool:
-    """Whether a name prefix belongs to a tower for images or sound, or to an encoder, and not to the decoder."""
-    return bool(_NOT_TEXT.search(prefix)) or bool(_ENCODER.search(prefix) and not _ENCODER.search(container))
+    """Whether a name prefix belongs to another tower or stack than the container of blocks."""
+    tower, own = (match[2] if (match := _NOT_TEXT.search(name)) else None for name in (prefix, container))
+    encodes, decodes = (bool(pattern.search(container)) for pattern in (_ENCODER, _DECODER))
+    other = _ENCODER.search(prefix) if not encodes else _DECODER.search(prefix) if not decodes else None
+    return tower != own or other is not None
 
 
 def fused_axis(name: str) -> int | None:
@@ -120,19 +161,35 @@ def fused_axis(name: str) -> int | None:
 
 def text_config(config: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any]]:
     """The part of config.json that describes the text decoder, and the keys that lead to it."""
-    for key in TEXT_CONFIGS:
+    return _part(config, "decoder")
+
+
+def stack_config(config: Mapping[str, Any], stack: Stack) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+    """The part of config.json that describes a stack, and the keys that lead to it.
+
+    Raises ShortcutError where the model has no such stack beside its decoder.
+    """
+    path, part = _part(config, stack)
+    if stack == "decoder" or path or (stack == "encoder" and config.get("is_encoder_decoder")):
+        return path, part
+    raise ShortcutError(f"{config.get('model_type')} has no {stack} stack of its own: leave out --stack")
+
+
+def _part(config: Mapping[str, Any], stack: Stack) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+    for key in CONFIGS[stack]:
         if isinstance(config.get(key), dict):
             return (key,), config[key]
     return (), config
 
 
-def depth_fields(text: Mapping[str, Any]) -> tuple[str, ...]:
-    """The fields of a text config that hold its number of blocks: all of them, since some configs store it twice."""
-    for names in (DECODER_DEPTHS, DEPTHS):
-        present = [name for name in names if isinstance(text.get(name), int) and not isinstance(text[name], bool)]
+def depth_fields(part: Mapping[str, Any], stack: Stack = "decoder") -> tuple[str, ...]:
+    """The fields of a config that hold the number of blocks: all of them, since some configs store it twice."""
+    kinds = {"decoder": (DECODER_DEPTHS, DEPTHS), "encoder": ((*ENCODER_DEPTHS, *DEPTHS),)}
+    for names in kinds.get(stack, (TOWER_DEPTHS,)):
+        present = [name for name in names if isinstance(part.get(name), int) and not isinstance(part[name], bool)]
         if present:
-            return tuple(name for name in present if text[name] == text[present[0]])
-    return tuple(name for name in DEPTH_LISTS if isinstance(text.get(name), list | str))[:1]
+            return tuple(name for name in present if part[name] == part[present[0]])
+    return tuple(name for name in DEPTH_LISTS if isinstance(part.get(name), list | str))[:1]
 
 
 def visual_tokens(config: Mapping[str, Any]) -> tuple[int, ...]:

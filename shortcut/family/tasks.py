@@ -41,9 +41,38 @@ TASKS = (
         "classes",
         "token-classification",
     ),
+    Task(
+        "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "next tokens", "text2text-generation"
+    ),
+    Task(
+        "AutoModelForSpeechSeq2Seq",
+        "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+        "next tokens",
+        "automatic-speech-recognition",
+    ),
+    Task("AutoModelForCTC", "MODEL_FOR_CTC_MAPPING_NAMES", "classes", "automatic-speech-recognition"),
+    Task(
+        "AutoModelForAudioClassification",
+        "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+        "classes",
+        "audio-classification",
+    ),
+    Task(
+        "AutoModelForImageClassification",
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        "classes",
+        "image-classification",
+    ),
+    Task(
+        "AutoModelForZeroShotImageClassification",
+        "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        "states",
+        "zero-shot-image-classification",
+    ),
     Task("AutoModel", "MODEL_MAPPING_NAMES", "states", "feature-extraction"),
 )
 WRITING, SEEING, MASKED = TASKS[:3]
+TRANSLATING = next(task for task in TASKS if task.auto == "AutoModelForSeq2SeqLM")
 
 
 def check_writes(config: Mapping[str, Any], what: str) -> None:
@@ -57,7 +86,7 @@ def find_task(config: Mapping[str, Any]) -> Task:
     """What the content of a config.json says: by its architecture, by the code that comes along, or by its family.
 
     A family whose models may do several things is taken for one that predicts masked tokens if it can, as encoders do,
-    then for one that writes, then for one that sees.
+    then for one that writes, then for one that sees; one with encoder and decoder for one that writes of what it reads.
     """
     from transformers.models.auto import modeling_auto
 
@@ -73,4 +102,5 @@ def find_task(config: Mapping[str, Any]) -> Task:
             return task
     encodes = architecture is None and not config.get("is_decoder")
     guesses = (MASKED, WRITING, SEEING) if encodes else (WRITING, SEEING)
+    guesses = (TRANSLATING, *guesses) if config.get("is_encoder_decoder") else guesses
     return next((task for task in guesses if named[task] is not None), WRITING)

@@ -13,13 +13,14 @@ from shortcut.checkpoint.stage import RECORD
 from shortcut.common.errors import ShortcutError
 from shortcut.common.progress import byte_bar, say
 from shortcut.healing.training import Healing, Patient
-from shortcut.options.groups import Offload, Own
+from shortcut.options.groups import Offload
+from shortcut.options.healing import Own
 from shortcut.records.methods import Method, Objective
 from shortcut.records.plan import Plan
 from shortcut.surgery.cut import write_checkpoint
 
 if TYPE_CHECKING:
-    from shortcut.material.pictures import Material
+    from shortcut.material.examples import Material
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from shortcut.common.processes import add_up, own_part
 from shortcut.common.progress import gauge, say
 from shortcut.healing.losses import Student
 from shortcut.healing.saved import SavedTraining
-from shortcut.live.decoder import Batch
-from shortcut.material.pictures import Material
+from shortcut.live.batch import Batch
+from shortcut.material.examples import Material
 
 LOOKS = 10  # how often a run looks at the text set aside
 WARM_UP = 0.05  # of the budget, in which the learning rate rises; then it falls as a cosine, to nothing

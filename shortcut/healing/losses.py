@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shortcut.healing.saved import write_whole
+from shortcut.live.batch import Batch
 from shortcut.live.blocks import run_model
-from shortcut.live.decoder import LOGITS_AT_ONCE, Batch, Decoder
+from shortcut.live.decoder import LOGITS_AT_ONCE, Decoder
 from shortcut.records.plan import Plan
 
 # The loss of some rows, summed, given their log probabilities, (rows, vocabulary), and which of all rows they are.

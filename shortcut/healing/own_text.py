@@ -33,7 +33,7 @@ from shortcut.material.calibration import Calibration, chat_template_of, leading
 from shortcut.options.groups import Loading
 
 if TYPE_CHECKING:
-    from shortcut.material.pictures import Material
+    from shortcut.material.examples import Material
 
 TOKENS_AT_ONCE = 1 << 14  # of several sequences together: their keys and values take memory
 SEQUENCES = 32  # at most, where their number is not given

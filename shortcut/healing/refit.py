@@ -29,7 +29,8 @@ from shortcut.healing.saved_fit import SavedFit
 from shortcut.healing.squares import gather
 from shortcut.healing.streams import UNCHANGED, Changes, Streams, check_plan, inputs_of, perplexities_behind
 from shortcut.healing.stretches import Stretch, runs_of
-from shortcut.live.decoder import PROBE, Batch, Decoder
+from shortcut.live.batch import Batch
+from shortcut.live.decoder import PROBE, Decoder
 from shortcut.live.offload import resident
 from shortcut.records.actions import GONE, Action
 from shortcut.records.block_lists import format_blocks

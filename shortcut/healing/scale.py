@@ -26,7 +26,8 @@ from shortcut.healing.streams import (
     output_of,
     perplexities_behind,
 )
-from shortcut.live.decoder import PROBE, Batch, Decoder
+from shortcut.live.batch import Batch
+from shortcut.live.decoder import PROBE, Decoder
 from shortcut.live.offload import resident
 from shortcut.records.actions import GONE, Action
 from shortcut.records.block_lists import format_blocks

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from shortcut.common.errors import ShortcutError
 from shortcut.common.processes import add_up
+from shortcut.live.batch import Batch
 from shortcut.live.blocks import hidden_input
-from shortcut.live.decoder import LOGITS_AT_ONCE, Batch, Call, Decoder, check_finite
+from shortcut.live.decoder import LOGITS_AT_ONCE, Call, Decoder, check_finite
 from shortcut.live.offload import resident
 from shortcut.records.actions import GONE, Action
 from shortcut.records.plan import Plan

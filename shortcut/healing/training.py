@@ -13,7 +13,8 @@ from shortcut.checkpoint.stage import RECORD
 from shortcut.common.errors import ShortcutError
 from shortcut.common.processes import add_up, share
 from shortcut.common.progress import say, track
-from shortcut.options.groups import Own, Running, TrainingInDetail
+from shortcut.options.groups import Running
+from shortcut.options.healing import Own, TrainingInDetail
 from shortcut.records.plan import Plan
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from shortcut.healing.saved import SavedTraining
     from shortcut.healing.saved_fit import SavedFit
     from shortcut.live.decoder import Decoder
-    from shortcut.material.pictures import Material
+    from shortcut.material.examples import Material
 
 ASIDE, ASIDE_MOST = 10, 32  # one sequence of ten is set aside, and so many at most
 

@@ -3,18 +3,21 @@
 What every block is called with is noted in a forward pass of the decoder in which recorders stand in for the blocks.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shortcut.common.errors import ShortcutError
+from shortcut.common.stacks import Stack
 from shortcut.family.tasks import Gives
+from shortcut.live.batch import Batch
 from shortcut.live.blocks import (
+    Form,
     call_block,
     decode,
     device_of,
@@ -23,6 +26,7 @@ from shortcut.live.blocks import (
     hidden_input,
     output_forms,
     run_model,
+    text_inputs,
 )
 from shortcut.live.branches import Branches, find_branches
 from shortcut.live.load import LOADING_ERRORS, Model, task_of
@@ -36,89 +40,64 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Token ids and their mask, both (batch, tokens); the mask is False on padding, which is on the right.
-
-    visual: which tokens stand for parts of images, (batch, tokens); extra: what else the model is called with then;
-    answers: which tokens are of the answers, where these are there.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    visual: Tensor | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    answers: Tensor | None = None
-
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
-        extra = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.extra.items()}
-        visual = None if self.visual is None else self.visual.to(device)
-        answers = None if self.answers is None else self.answers.to(device)
-        return Batch(self.ids.to(device), self.mask.to(device), visual, extra, answers)
-
-    def repeat(self, copies: int) -> "Batch":
-        """So many copies of a batch of text, one behind the other."""
-        return Batch(self.ids.repeat(copies, 1), self.mask.repeat(copies, 1))
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """What a model is called with. A full mask is left out: attention then takes its fastest path."""
-        mask = {} if self.mask.all() else {"attention_mask": self.mask.long()}
-        return {"input_ids": self.ids, **mask, **self.extra}
-
-    @property
-    def predicted(self) -> Tensor:
-        """Which tokens count when predictions are judged, all but the first of a row: (batch, tokens - 1).
-
-        Those of answers where they are there, else those that are text.
-        """
-        text = self.mask if self.visual is None else self.mask & ~self.visual
-        return (text if self.answers is None else self.answers)[:, 1:]
-
-    def frozen(self, action: Action) -> Tensor:
-        """Which tokens an action freezes: (batch, tokens). Raises ShortcutError where there are no images."""
-        if self.visual is None:
-            raise ShortcutError(f"{action} needs images with questions: see --data")
-        return self.visual if action == "freeze-visual" else self.mask & ~self.visual
-
-
-@dataclass(frozen=True)
 class Decoder:
-    """A live model taken apart: its blocks, how each wraps the hidden states that it returns, and what it gives.
+    """A live model taken apart: the blocks of one of its stacks, what each returns, and what the model gives.
 
-    vocabulary: how many values it gives for a token, or for a sequence; gives: what they are. fault: why its blocks
-    cannot be run one by one, in the few families where they hand on more than hidden states.
+    vocabulary: how many values it gives for a token, or for a sequence; gives: what they are. probe: what it is tried
+    on. fault: why its blocks cannot be run one by one.
     """
 
     model: Model
     blocks: nn.ModuleList
-    forms: tuple[Callable[[Tensor], Any], ...]
+    forms: tuple[Form, ...]
     vocabulary: int
+    probe: Batch
     gives: Gives = "next tokens"
+    stack: Stack = "decoder"
     fault: str | None = None
     known: dict[str, Branches] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Model) -> "Decoder":
+    def of(cls, model: Model, stack: Stack = "decoder", batch: Batch | None = None) -> "Decoder":
         """Take a model apart, and find out on a few tokens whether its parts make up the whole.
 
-        Raises ShortcutError where its blocks cannot be told, and where it does not run on text alone.
+        batch: what it is tried on where it does not run on text alone. Raises ShortcutError where its blocks cannot be
+        told, and where they do not run.
         """
-        batch = _probe(model)
+        probe = text_probe(model)
         try:
-            forms, result = output_forms(model, batch.ids)
-        except LOADING_ERRORS as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ShortcutError(f"{model.config.model_type} cannot be run on text alone: {reason}") from None
-        decoder = cls(model, find_blocks(model), tuple(forms), result.shape[-1], task_of(model.config).gives)
-        return replace(decoder, fault=decoder._find_fault(batch, result))
+            forms, result = output_forms(model, stack, probe.inputs)
+        except ShortcutError:
+            if batch is None:
+                raise
+            probe = batch
+            forms, result = output_forms(model, stack, probe.inputs)
+        gives, blocks = task_of(model).gives, find_blocks(model, stack)
+        decoder = cls(model, blocks, tuple(forms), result.shape[-1], probe, gives, stack)
+        decoder = replace(decoder, probe=decoder.seen(probe))
+        return replace(decoder, fault=decoder._find_fault(result))
 
-    def _find_fault(self, batch: Batch, result: Tensor) -> str | None:
-        """Why the blocks cannot be run one by one, given what the whole model makes of a batch."""
+    @torch.no_grad()
+    def seen(self, batch: Batch) -> Batch:
+        """What these blocks see of a batch: itself, or the source of an encoder, or parts of images."""
+        if self.stack == "decoder" and not batch.extra:
+            return batch
+        shape = hidden_input(*self.calls(batch)[0]).shape[:2]
+        if shape == batch.ids.shape and self.stack == "decoder":
+            return batch
+        padded = batch.extra.get("attention_mask")
+        mask = torch.ones(shape, dtype=torch.bool, device=batch.ids.device)
+        if self.stack == "encoder" and padded is not None and padded.shape == shape:
+            mask = padded.bool()
+        return Batch(torch.zeros_like(mask, dtype=torch.long), mask, extra=batch.inputs, name="")
+
+    def _find_fault(self, result: Tensor) -> str | None:
+        """Why the blocks cannot be run one by one, given what the whole model makes of its probe."""
+        batch = self.probe
         try:
             with torch.no_grad():
                 last = self.states(batch)[-1]
-                if self.gives == "next tokens":
+                if self.gives == "next tokens" and self.stack == "decoder":
                     walked, expected = self.predict(last[0]), torch.log_softmax(result[0].float(), dim=-1)
                 else:
                     walked, expected = self.finish(batch, last).float(), result.float()
@@ -144,16 +123,20 @@ class Decoder:
             return lambda *_, **__: self.forms[number](states)
 
         with forwards_replaced({block: stand_in(number) for number, block in enumerate(self.blocks)}):
-            return run_model(self.model, batch.inputs)
+            return run_model(self.model, batch.inputs, self.stack)
 
     def calls(self, batch: Batch) -> list[Call]:
-        """What every block is called with in a forward pass of this batch; the blocks themselves do not run."""
+        """What every block is called with in a forward pass of this batch; the blocks themselves do not run, but for
+        those that make more than states for the others."""
         noted: dict[int, Call] = {}
 
         def recorder(number: int) -> Callable[..., Any]:
+            own, form = self.blocks[number].forward, self.forms[number]
+
             def forward(*args: Any, **kwargs: Any) -> Any:
                 noted[number] = (args, kwargs)
-                return self.forms[number](hidden_input(args, kwargs))
+                hidden = hidden_input(args, kwargs)
+                return (hidden, *own(*args, **kwargs)[1:]) if form.makes else form.hand_on(hidden, args, kwargs)
 
             return forward
 
@@ -215,9 +198,9 @@ class Decoder:
         block = self.blocks[number]
         build = repr(block)  # what is built alike is tried once
         if build not in self.known:
-            batch, name = _probe(self.model), f"block {number} of {self.model.config.model_type}"
+            name = f"block {number} of {self.model.config.model_type}"
             with torch.no_grad(), resident(block):
-                call = self.calls(batch)[number]
+                call = self.calls(self.probe)[number]
                 hidden = hidden_input(*call)
                 noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
                 self.known[build] = find_branches(name, block, noise, *call)
@@ -246,19 +229,27 @@ class Decoder:
         def stand_in(number: int) -> Callable[..., Any]:
             return lambda *_, **__: self.forms[number](states[:, None])
 
-        ids = torch.zeros(len(states), 1, dtype=torch.long, device=device_of(self.model))
+        inputs = {"input_ids": torch.zeros(len(states), 1, dtype=torch.long, device=device_of(self.model))}
+        if self.model.config.is_encoder_decoder:
+            from transformers.modeling_outputs import BaseModelOutput
+
+            inputs = {"decoder_input_ids": inputs["input_ids"], "encoder_outputs": BaseModelOutput(states[:, None])}
         stand_ins = {block: stand_in(number) for number, block in enumerate(self.blocks)}
         first = self.model.get_input_embeddings()
         if is_on_disk(first):  # what it gives goes no further than to the first block
             stand_ins[first] = lambda ids: states.new_zeros(*ids.shape, first.weight.shape[1])
         with forwards_replaced(stand_ins):
-            logits = run_model(self.model, {"input_ids": ids})
+            logits = run_model(self.model, inputs)
         return torch.log_softmax(logits[:, 0].float(), dim=-1)
 
 
-def _probe(model: Model) -> Batch:
-    ids = torch.arange(PROBE, device=device_of(model))[None]
-    return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
+def text_probe(model: Model) -> Batch:
+    """A few tokens of text, on which a model is tried."""
+    inputs = text_inputs(model, PROBE)
+    name: Literal["input_ids", "decoder_input_ids"]
+    name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    ids = inputs.pop(name)
+    return Batch(ids, torch.ones_like(ids, dtype=torch.bool), extra=inputs, name=name)
 
 
 LOGITS_AT_ONCE = 1 << 22  # log probabilities of one stream in memory: 16 MB; more is slower on a CPU

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -174,13 +174,56 @@ def auto_class(config: Any) -> Any:
     """The class that loads a checkpoint of this config."""
     import transformers
 
-    return getattr(transformers, task_of(config).auto)
+    return getattr(transformers, _task_of(config, config.architectures).auto)
 
 
-def task_of(config: Any) -> Task:
-    """What a model of this config is for, as `find_task` finds it."""
-    fields = ("model_type", "architectures", "auto_map", "is_decoder")
-    return find_task({name: getattr(config, name, None) for name in fields})
+def task_of(model: Model) -> Task:
+    """What a live model is for."""
+    return _task_of(model.config, [type(model).__name__])
+
+
+def _task_of(config: Any, architectures: Sequence[str] | None) -> Task:
+    fields = ("model_type", "auto_map", "is_decoder", "is_encoder_decoder")
+    return find_task({**{name: getattr(config, name, None) for name in fields}, "architectures": architectures})
+
+
+def modalities(config: Any) -> frozenset[str]:
+    """What a model of this config reads: "text", "image", "audio". Code of its own is taken to read text."""
+    import transformers
+
+    read = getattr(getattr(transformers, (config.architectures or ["none"])[0], None), "input_modalities", "text")
+    return frozenset([read] if isinstance(read, str) else read)
+
+
+def start_token(folder: Path, config: Any) -> int | None:
+    """The token that the decoder behind an encoder starts with; None for other models."""
+    import transformers
+
+    if not config.is_encoder_decoder:
+        return None
+    try:
+        said = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except LOADING_ERRORS:
+        said = transformers.GenerationConfig.from_model_config(config)
+    tokens = (getattr(said, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
+    return next((token for token in tokens if isinstance(token, int)), 0)
+
+
+def load_reader(folder: Path, reads: Collection[str], *, trust_remote_code: bool = False) -> Any:
+    """What makes inputs of what a model reads, as `modalities` says it.
+
+    Raises ShortcutError where the folder has no such thing.
+    """
+    import transformers
+
+    alone = {"text": "AutoTokenizer", "image": "AutoImageProcessor", "audio": "AutoFeatureExtractor"}
+    kind = alone[next(iter(reads))] if len(reads) == 1 else "AutoProcessor"
+    trust_remote_code = trusts(folder, trust_remote_code=trust_remote_code)
+    try:
+        reader = getattr(transformers, kind)
+        return reader.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise ShortcutError(f"no usable processor in {folder}: {' '.join(str(error).split())[:200]}") from None
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -198,13 +241,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """What makes inputs of images and text for a checkpoint. Raises ShortcutError where the folder has none."""
-    from transformers import AutoProcessor
-
-    trust_remote_code = trusts(folder, trust_remote_code=trust_remote_code)
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except LOADING_ERRORS as error:
-        raise ShortcutError(f"no usable processor in {folder}: {' '.join(str(error).split())[:200]}") from None
+    processor = load_reader(folder, ("image", "text"), trust_remote_code=trust_remote_code)
     if not hasattr(processor, "tokenizer"):
         raise ShortcutError(f"the processor in {folder} reads text alone, not images")
     return processor

@@ -8,7 +8,7 @@ on each fetches its own weights before it is called and drops them when it retur
 import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import CDLL
 from ctypes.util import find_library
@@ -30,15 +30,16 @@ from shortcut.options.groups import Loading
 READ_AT_ONCE = 1 << 24  # bytes of a weight
 
 
-def load_offloaded(folder: Path, config: Mapping[str, Any], how: Loading, scratch: Path) -> Model:
+def load_offloaded(checkpoint: Checkpoint, how: Loading, scratch: Path) -> Model:
     """Load a checkpoint as `load_model` does, but for its blocks and embeddings, which stay on the disk.
 
-    config: the content of its config.json; scratch: a folder for weights that have to be converted. Raises
+    scratch: a folder for weights that have to be converted. Raises
     ShortcutError as `load_model` and `blocks_path` do.
     """
+    folder, config = checkpoint.folder, checkpoint.config
     own_code = "auto_map" in config and trusts(folder, trust_remote_code=how.trust_remote_code)
     empty = build_empty(config, folder if own_code else None)
-    path = blocks_path(empty)
+    path = blocks_path(empty, checkpoint.stack)
     places: dict[str, Any] = {f"{path}.{number}": "disk" for number in range(len(empty.get_submodule(path)))}
     places |= dict.fromkeys(_outside(empty, path), str(pick_device(how.device)))
     tables = _vocabulary_tables(empty)
@@ -187,7 +188,7 @@ def open_live(checkpoint: Checkpoint, how: Loading, *, offload: bool = False, qu
         if offload or size > room:
             sizes = f"{format_size(size)} of weights, {format_size(room)} free"
             say(f"blocks stay on the disk until they run ({sizes})", quiet=quiet)
-            yield load_offloaded(checkpoint.folder, checkpoint.config, how, Path(scratch))
+            yield load_offloaded(checkpoint, how, Path(scratch))
         elif size > free_memory(device):
             say(f"{format_size(size)} of weights are spread over {len(gpus)} GPUs", quiet=quiet)
             yield load_model(checkpoint.folder, how, places="auto")

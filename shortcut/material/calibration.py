@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from shortcut.common.errors import ShortcutError
-from shortcut.live.decoder import Batch
+from shortcut.live.batch import Batch
 from shortcut.material.documents import Conversation, Source, parse_domains, read_documents
 
 ENOUGH = 8  # times the tokens asked for: what is tokenised of a larger source before windows are picked

@@ -107,6 +107,9 @@ def read_rows(source: Source, seed: int) -> Iterator[dict[str, Any]]:
         else:
             rows = datasets.load_dataset(name, subset or None, split=source.split, streaming=True)
             rows = rows.shuffle(seed=seed, buffer_size=1000)
+        sounds = [name for name, kind in (rows.features or {}).items() if isinstance(kind, datasets.Audio)]
+        for name in sounds:  # as they are stored
+            rows = rows.cast_column(name, datasets.Audio(decode=False))
         yield from rows
     except (datasets.exceptions.DatasetsError, OSError, ValueError, StopIteration) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200] or "it is empty"

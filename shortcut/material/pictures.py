@@ -13,8 +13,7 @@ from urllib.request import urlopen
 import torch
 
 from shortcut.common.errors import ShortcutError
-from shortcut.live.decoder import Batch
-from shortcut.material.calibration import Calibration
+from shortcut.live.batch import Batch
 from shortcut.material.documents import Source, parse_domains, read_rows
 
 DRAWN = {"default": 0, "drawings": 0, "heldout": 1}  # those that come with the package: even seeds and odd ones
@@ -107,9 +106,6 @@ class Pictures:
         if missing := [pair.question for pair in self.sequences if pair.answer is None]:
             raise ShortcutError(f"{self.source.data} has no answer to {missing[0][:60]!r}: training needs answers")
         return replace(self, answered=True)
-
-
-Material = Calibration | Pictures  # what models are scored and measured on
 
 
 def encode(processor: Any, pairs: Sequence[Pair], *, answered: bool = False) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from shortcut.material.documents import Source
 from shortcut.options.groups import Text
 
 if TYPE_CHECKING:
-    from shortcut.material.pictures import Material
+    from shortcut.material.examples import Examples, Material
 
 # When a result is checked: sequences of text, or questions about images; and tokens of a sequence at most.
 HELDOUT_SAMPLES = {"text": 16, "images": 64}
@@ -28,15 +28,18 @@ def take_text(
 ) -> "Material":
     """Tokenise text for a checkpoint, or questions about images, where the source has images and the model sees them.
 
-    images: whether there have to be any; fewer: whether fewer samples will do, where there are no more. Raises
-    ShortcutError as `make_calibration` and `make_pictures` do.
+    images: whether there have to be any; fewer: whether fewer samples will do, where there are no more. Of models that
+    read other things than plain text, examples of what they read. Raises ShortcutError as `make_calibration`,
+    `make_pictures` and `make_examples` do.
     """
     from shortcut.live.load import load_processor, load_tokenizer
     from shortcut.material.calibration import make_calibration
     from shortcut.material.pictures import holds_images, make_pictures
 
     source = Source(text.data, text.split, text.column, text.chat_template)
-    if images or (sees_images(checkpoint.config) and holds_images(source)):
+    if examples := _take_examples(checkpoint, source, text, samples, trust_remote_code=trust_remote_code, fewer=fewer):
+        return examples
+    if images or checkpoint.stack == "vision" or (sees_images(checkpoint.config) and holds_images(source)):
         visual = visual_tokens(checkpoint.config)
         processor = load_processor(checkpoint.folder, trust_remote_code=trust_remote_code)
         return make_pictures(processor, visual, source, samples=samples, seed=text.seed, fewer=fewer)
@@ -50,6 +53,24 @@ def take_text(
         fewer=fewer,
         framed=find_task(checkpoint.config).gives != "next tokens",
     )
+
+
+def _take_examples(
+    checkpoint: Checkpoint, source: Source, text: Text, samples: int, *, trust_remote_code: bool, fewer: bool
+) -> "Examples | None":
+    """Examples of what a model reads; None for those that read plain text, or see images beside it."""
+    from shortcut.live.load import load_config, load_reader, modalities, start_token
+    from shortcut.material.examples import make_examples
+
+    if "auto_map" in checkpoint.config or sees_images(checkpoint.config):
+        return None
+    config = load_config(checkpoint.config)
+    read = modalities(config)
+    if read == {"text"} and not config.is_encoder_decoder:
+        return None
+    reader = load_reader(checkpoint.folder, read, trust_remote_code=trust_remote_code)
+    start = start_token(checkpoint.folder, config)
+    return make_examples(reader, read, start, source, samples=samples, length=text.length, seed=text.seed, fewer=fewer)
 
 
 def take_unseen(

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from shortcut.common.errors import ShortcutError
+from shortcut.common.stacks import STACKS, Stack
 from shortcut.records.actions import GONE, LISTED, Action
 from shortcut.records.block_lists import format_blocks, parse_blocks, parse_kept
 
@@ -28,11 +29,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Base:
-    """The model that a plan or a set of scores speaks of: where it is, at which revision, how deep."""
+    """The model that a plan or a set of scores speaks of: where it is, at which revision, how deep, and which of its
+    stacks of blocks is meant."""
 
     model: str
     revision: str | None
     blocks: int
+    stack: Stack = "decoder"
 
     @property
     def on_hub(self) -> bool:
@@ -43,6 +46,10 @@ class Base:
     def title(self) -> str:
         """What to call it in public: its id on the Hub, or the name of its folder or file without the path to it."""
         return self.model if self.on_hub else Path(self.model).name.removesuffix(".gguf")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; the stack is named where it is not the decoder."""
+        return {name: value for name, value in vars(self).items() if (name, value) != ("stack", "decoder")}
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as the plain data that its file holds."""
-        base = {"model": self.base.model, "revision": self.base.revision, "blocks": self.base.blocks}
+        base = self.base.to_dict()
         lists: dict[str, Any] = {action: format_blocks(self.blocks(action)) for action in LISTED if self.blocks(action)}
         written = {} if self.format == "custom" else {"format": self.format}
         return {"shortcut": FORMAT, "base": base, "drop": "none", **lists, **written, "why": dict(self.why)}
@@ -184,8 +191,10 @@ def read_base(data: Any, origin: str) -> Base:
     blocks = data.get("blocks") if isinstance(data, dict) else None
     if not isinstance(blocks, int) or isinstance(blocks, bool) or not 1 <= blocks <= 100_000:
         raise ShortcutError(f'{origin}: "base" needs model, revision and blocks (the number of blocks), not {data!r}')
-    revision = data.get("revision")
-    return Base(str(data.get("model", "")), None if revision is None else str(revision), blocks)
+    revision, stack = data.get("revision"), data.get("stack", "decoder")
+    if stack not in STACKS:
+        raise ShortcutError(f"{origin}: unknown stack {stack!r}: there are {', '.join(STACKS)}")
+    return Base(str(data.get("model", "")), None if revision is None else str(revision), blocks, stack)
 
 
 def check_format(data: Any, origin: str, known: set[str]) -> None:

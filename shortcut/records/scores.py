@@ -106,7 +106,7 @@ class Scores:
     def to_dict(self) -> dict[str, Any]:
         """The scores as the plain data that their file holds."""
         orders = {metric: [str(move) for move in moves] for metric, moves in self.orders.items()}
-        return {"shortcut": FORMAT, **asdict(self), "orders": orders}
+        return {"shortcut": FORMAT, **asdict(self), "base": self.base.to_dict(), "orders": orders}
 
 
 def format_scores(scores: Scores) -> str:

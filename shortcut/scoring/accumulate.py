@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from shortcut.common.errors import ShortcutError
-from shortcut.live.decoder import LOGITS_AT_ONCE, Batch, Decoder, check_finite
+from shortcut.live.batch import Batch
+from shortcut.live.decoder import LOGITS_AT_ONCE, Decoder, check_finite
 from shortcut.live.offload import resident
 from shortcut.records.actions import FREEZING, Action, Move
 from shortcut.scoring.metrics import Metric, cosine, pairwise_cosines

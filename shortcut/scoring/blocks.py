@@ -9,8 +9,9 @@ import torch
 from shortcut.common.errors import ShortcutError
 from shortcut.common.processes import add_up, share
 from shortcut.common.progress import track
+from shortcut.live.batch import Batch
 from shortcut.live.blocks import device_of
-from shortcut.live.decoder import Batch, Decoder
+from shortcut.live.decoder import Decoder
 from shortcut.live.offload import free_memory, is_offloaded
 from shortcut.records.actions import FREEZING, GONE, Action
 from shortcut.records.scores import Measured

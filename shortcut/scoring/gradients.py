@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from shortcut.common.errors import ShortcutError
 from shortcut.common.processes import add_up, are_several, share
 from shortcut.common.progress import track
-from shortcut.live.decoder import Batch, Call, Decoder
+from shortcut.live.batch import Batch
+from shortcut.live.decoder import Call, Decoder
 from shortcut.live.offload import resident
 from shortcut.records.actions import Action
 from shortcut.records.scores import Measured

@@ -15,7 +15,8 @@ from torch.linalg import vector_norm
 
 from shortcut.common.errors import ShortcutError
 from shortcut.common.progress import track
-from shortcut.live.decoder import Batch, Decoder
+from shortcut.live.batch import Batch
+from shortcut.live.decoder import Decoder
 from shortcut.records.actions import GONE, Action, Move
 from shortcut.scoring.blocks import score_walked
 from shortcut.scoring.metrics import Metric

@@ -7,13 +7,14 @@ angles are lost. Higher is always more important.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from shortcut.checkpoint.checkpoint import Checkpoint
 from shortcut.common.errors import ShortcutError
 from shortcut.common.text import format_table
 from shortcut.family.tasks import check_writes
@@ -204,11 +205,15 @@ def add_metric(metric: Metric) -> None:
     METRICS[metric.name] = metric
 
 
-def check_metrics(metrics: Sequence[Metric], config: Mapping[str, Any]) -> None:
-    """Raise ShortcutError for metrics of next tokens, of a model that does not predict them."""
+def check_metrics(metrics: Sequence[Metric], checkpoint: Checkpoint) -> None:
+    """Raise ShortcutError for metrics of next tokens, of a model or a stack that does not predict them."""
     for metric in metrics:
-        if metric.needs in ("logits", "gradients"):
-            check_writes(config, f"the metric {metric.name}")
+        if metric.needs not in ("logits", "gradients"):
+            continue
+        check_writes(checkpoint.config, f"the metric {metric.name}")
+        reads = checkpoint.config.get("is_encoder_decoder")
+        if checkpoint.stack != "decoder" or (reads and metric.needs == "gradients"):
+            raise ShortcutError(f"the metric {metric.name} does not know the {checkpoint.stack} of such a model")
 
 
 def pick_metrics(names: str, average: Average = "tokens") -> list[Metric]:

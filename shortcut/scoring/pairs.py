@@ -10,8 +10,9 @@ from torch import Tensor
 from shortcut.common.errors import ShortcutError
 from shortcut.common.processes import add_up, share
 from shortcut.common.progress import track
+from shortcut.live.batch import Batch
 from shortcut.live.blocks import device_of
-from shortcut.live.decoder import Batch, Decoder, check_finite
+from shortcut.live.decoder import Decoder, check_finite
 from shortcut.live.offload import free_memory, is_offloaded
 from shortcut.records.scores import Triangle
 from shortcut.scoring.metrics import Metric

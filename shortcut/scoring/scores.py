@@ -13,8 +13,9 @@ from shortcut.records.actions import Action
 from shortcut.records.scores import Measured, Scores
 
 if TYPE_CHECKING:
-    from shortcut.live.decoder import Batch, Decoder
-    from shortcut.material.pictures import Material
+    from shortcut.live.batch import Batch
+    from shortcut.live.decoder import Decoder
+    from shortcut.material.examples import Material
     from shortcut.scoring.greedy import Removal
     from shortcut.scoring.metrics import Metric
 
@@ -40,19 +41,19 @@ def make_scores(
     from shortcut.scoring.partial_sums import Partials
 
     device = device_of(live)
-    batches = calibration.batches(how.batch_size, device)
     settings: dict[str, Any] = {"device": str(device), "dtype": str(live.dtype).removeprefix("torch.")}
     settings |= {"batch_size": how.batch_size, "average": metrics[0].average}
     settings |= {"scaled": True} if removal and removal.scaled else {}
     partials = Partials({**settings, **identify(checkpoint), "calibration": calibration.hash, "part": own_part()})
-    decoder, sizes, total = Decoder.of(live), checkpoint.block_parameters, checkpoint.parameters
+    given = calibration.batches(how.batch_size, device)
+    decoder, sizes = Decoder.of(live, checkpoint.stack, given[0]), checkpoint.block_parameters
+    batches = [decoder.seen(batch) for batch in given]
     _check(decoder, checkpoint.name, batches[0], scaled=removal is not None and removal.scaled, quiet=how.quiet)
     found = score_blocks(decoder, batches, metrics, allow=allow, partials=partials, quiet=how.quiet)
     halves: Measured = {action: scores for action, scores in found.items() if action != "drop"}
     goes: dict[Action, tuple[int, ...]] = {action: _sizes(decoder, action, sizes) for action in halves}
-    scores = Scores(
-        checkpoint.base, total, sizes, found.get("drop", {}), calibration.record(), settings, {}, halves, goes
-    )
+    whole, taken = found.get("drop", {}), calibration.record()
+    scores = Scores(checkpoint.base, checkpoint.parameters, sizes, whole, taken, settings, {}, halves, goes)
     if removal is not None:
         moves = remove_greedily(
             decoder, batches, metrics[0], removal, allow=allow, weights=scores.size, partials=partials, quiet=how.quiet
@@ -69,7 +70,7 @@ def _check(decoder: "Decoder", name: str, batch: "Batch", *, scaled: bool, quiet
     if decoder.fault is not None:
         slow = "the whole model runs for each of them, which is slow"
         say(f"the blocks of {name} cannot be run one by one ({decoder.fault}): {slow}", quiet=quiet)
-    if batch.visual is not None:
+    if batch.visual is not None and decoder.stack == "decoder":
         decoder.check_images(batch)
 
 

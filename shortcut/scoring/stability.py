@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 
 from shortcut.common.errors import ShortcutError
-from shortcut.material.pictures import Material
+from shortcut.material.examples import Material
 from shortcut.records.scores import Scores
 
 

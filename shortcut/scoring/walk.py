@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shortcut.live.batch import Batch
 from shortcut.live.blocks import hidden_input, hidden_output, run_model
-from shortcut.live.decoder import Batch, Call, Decoder
+from shortcut.live.decoder import Call, Decoder
 from shortcut.live.offload import is_offloaded, resident
 from shortcut.records.actions import FREEZING, Action, Move, join
 
@@ -104,7 +105,7 @@ def _run_streams(
 ) -> None:
     """Send every stream through a block, several at once where they are small. calls: is filled as they are needed."""
     tokens = TOKENS_WHEN_SCARCE if is_offloaded(decoder.model) else TOKENS_PER_CALL
-    room = max(1, tokens // batch.ids.numel()) if batch.visual is None else 1
+    room = max(1, tokens // batch.ids.numel()) if not batch.extra else 1
     for group in _groups(list(streams), room):
         copies = len(group)
         if copies not in calls:

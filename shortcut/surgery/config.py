@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shortcut.common.errors import ShortcutError
-from shortcut.family.anatomy import EXTRA_HEADS, Anatomy, text_config
+from shortcut.family.anatomy import EXTRA_HEADS, Anatomy, stack_config
 from shortcut.family.fields import (
     CYCLES,
     INCLUSIVE_ENDS,
@@ -125,7 +125,7 @@ def _list(text: Mapping[str, Any], field: str) -> list[Any]:
 def _derives_lists(config: Mapping[str, Any], anatomy: Anatomy) -> bool:
     """Whether the family's class may know per-block lists that this JSON lacks: not for plain families, and not where
     transformers 5 wrote the whole text config (nested ones omit what equals the default)."""
-    _, text = text_config(config)
+    _, text = stack_config(config, anatomy.stack)
     written = str(config.get("transformers_version", "")).split(".")[0]
     complete = not anatomy.config_path and written.isdigit() and int(written) >= 5
     return not is_plain(text) and not complete

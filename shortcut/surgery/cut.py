@@ -6,7 +6,7 @@ last of all: until it is there, nothing loads the folder.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +259,7 @@ def write_checkpoint(
         write_modeling_file(folder, config)
     write_json(folder / RECORD, _record(checkpoint, plan))
     write_json(folder / "config.json", config)
-    result = read_checkpoint(folder)
+    result = replace(read_checkpoint(folder), stack=checkpoint.stack)
     planned = {name: (tensor.dtype, tensor.shape) for file in files for name, tensor in file.tensors}
     if {name: (tensor.dtype, tensor.shape) for name, tensor in result.tensors.items()} != planned:
         raise ShortcutError(f"{folder} does not hold what was written to it: check the disk")

@@ -41,7 +41,7 @@ def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int]
     and attribute that would not be what it was.
     """
     base, short = (build_empty(content, code) for content in (checkpoint.config, config))
-    blocks = blocks_path(base)
+    blocks = blocks_path(base, checkpoint.stack)
     base_blocks, short_blocks = ([_describe(block) for block in model.get_submodule(blocks)] for model in (base, short))
     if len(short_blocks) != len(kept):
         raise ShortcutError(f"the shortened config builds {len(short_blocks)} blocks instead of {len(kept)}")
@@ -51,7 +51,8 @@ def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int]
             change = f"block {old} would become block {new} with {difference}"
             raise ShortcutError(f"cannot delete these blocks of {family} exactly: {change}")
     _check_shared(checkpoint, base.get_submodule(blocks), kept)
-    _check_images(base, kept)
+    if checkpoint.stack == "decoder":
+        _check_images(base, kept)
     if _counts_tokens(base) and not _counts_tokens(short):
         raise ShortcutError(f"no block of {family} with attention would be left, and generation counts tokens in one")
     expected = {

@@ -5,11 +5,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from shortcut.common.errors import ShortcutError
+from shortcut.common.stacks import Stack
 from shortcut.family.anatomy import visual_tokens
-from shortcut.live.blocks import find_blocks, forwards_replaced, hidden_input, output_forms
+from shortcut.live.batch import Batch
+from shortcut.live.blocks import Form, find_blocks, forwards_replaced, hidden_input, output_forms
 from shortcut.live.decoder import Decoder
 from shortcut.live.load import Model
 from shortcut.records.actions import GONE
@@ -18,15 +20,16 @@ from shortcut.surgery.hollow import check_frozen
 
 
 @contextmanager
-def preview(model: Model, plan: Plan) -> Iterator["Preview"]:
+def preview(model: Model, plan: Plan, batch: Batch | None = None) -> Iterator["Preview"]:
     """Run a live model as if the plan had been cut: the same logits, also in `generate` with a cache.
 
     Dropped blocks hand on what they are given and cost nothing, and so do dropped halves; no weight is touched, and
     whatever happens inside, the model is afterwards what it was. `set` of what this gives changes the plan at once. A
-    cache made under one plan must not be used under another. Raises ShortcutError for a plan of another depth, and
-    where half a block is dropped and the halves cannot be told.
+    cache made under one plan must not be used under another. batch: what shows how the blocks return their states,
+    where the model does not run on text alone. Raises ShortcutError for a plan of another depth, and where half a block
+    is dropped and the halves cannot be told.
     """
-    shown = Preview(model)
+    shown = Preview(model, plan.base.stack, batch)
     try:
         shown.set(plan)
         yield shown
@@ -35,13 +38,13 @@ def preview(model: Model, plan: Plan) -> Iterator["Preview"]:
 
 
 class Preview:
-    """What happens to a live model: one plan at a time."""
+    """What happens to a stack of blocks of a live model: one plan at a time."""
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.blocks = model, find_blocks(model)
-        self._forms, _ = output_forms(model)
+    def __init__(self, model: Model, stack: Stack, batch: Batch | None = None) -> None:
+        self.model, self.batch, self.stack, self.blocks = model, batch, stack, find_blocks(model, stack)
+        self._forms, _ = output_forms(model, stack, batch.inputs if batch is not None and batch.extra else None)
         self._decoder: Decoder | None = None  # taken apart when first half a block goes
-        self._stack = ExitStack()
+        self._changes = ExitStack()
 
     def set(self, plan: Plan) -> None:
         """Carry out this plan instead of the one before, or raise as `preview` does, with none carried out."""
@@ -50,7 +53,7 @@ class Preview:
             raise ShortcutError(f"the plan is for {plan.base.blocks} blocks and the model has {len(self.blocks)}")
         stand_ins: dict[nn.Module, Callable[..., Any]] = {self.blocks[i]: _bypass(self._forms[i]) for i in plan.dropped}
         for number in plan.hollow:
-            self._decoder = self._decoder or Decoder.of(self.model)
+            self._decoder = self._decoder or Decoder.of(self.model, self.stack, self.batch)
             stand_ins |= self._decoder.branches(number).silent(GONE[plan.actions[number]])
         for number in plan.blocks("last-token"):
             from shortcut.modeling.passing import run_last
@@ -62,17 +65,18 @@ class Preview:
             ids = visual_tokens(content)
             stand_ins |= {self.blocks[number]: _freezing(self.blocks[number]) for number in plan.frozen}
             stand_ins[self.model] = _watching(self.model, ids)
-        self._stack.enter_context(forwards_replaced(stand_ins))
-        self._stack.enter_context(_without_cache_entries(self.model, plan))
+        self._changes.enter_context(forwards_replaced(stand_ins))
+        if self.stack == "decoder":
+            self._changes.enter_context(_without_cache_entries(self.model, plan))
 
     def end(self) -> None:
         """Carry out no plan."""
-        self._stack.close()
+        self._changes.close()
 
 
-def _bypass(form: Callable[[Tensor], Any]) -> Callable[..., Any]:
+def _bypass(form: Form) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return form(hidden_input(args, kwargs))
+        return form.hand_on(hidden_input(args, kwargs), args, kwargs)
 
     return forward
 

@@ -10,7 +10,7 @@ from shortcut.choose.plans import BY_HAND, given_by_hand
 from shortcut.common.errors import ShortcutError
 from shortcut.common.progress import byte_bar
 from shortcut.common.text import parse_size
-from shortcut.options.groups import FORMAT, ByHand, Model, Out, Overwrite, Revision, Sharded, TrustRemoteCode
+from shortcut.options.groups import FORMAT, ByHand, Model, Out, Overwrite, Sharded, Stacked, TrustRemoteCode
 from shortcut.options.verb import verb
 from shortcut.records.plan import Format, Plan, parse_moves, read_plan
 from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
@@ -18,7 +18,7 @@ from shortcut.surgery.diff import compare_tensors
 
 
 @dataclass(frozen=True)
-class CutOptions(ByHand, Revision, Sharded, Overwrite):
+class CutOptions(ByHand, Stacked, Sharded, Overwrite):
     """Writing"""
 
     model: Model
@@ -47,9 +47,13 @@ def cut(asked: CutOptions) -> CutReport:
         raise ShortcutError(f"say what goes with one of --plan and {BY_HAND}")
     checkpoint, out = open_model(asked.model, asked.revision, weights=False, quiet=asked.quiet), Path(asked.out)
     if by_hand:
+        checkpoint = replace(checkpoint, stack=asked.stack)
         plan = Plan.of(checkpoint.base, parse_moves(by_hand, checkpoint.base.blocks))
     else:
         plan = asked.plan if isinstance(asked.plan, Plan) else read_plan(Path(str(asked.plan)))
+        checkpoint = replace(checkpoint, stack=plan.base.stack)
+        if asked.stack not in ("decoder", plan.base.stack):
+            raise ShortcutError(f"the plan is for the {plan.base.stack}, not for --stack {asked.stack}")
     if asked.format is not None:
         plan = replace(plan, format=asked.format)
     limit = None if asked.max_shard_size is None else parse_size(asked.max_shard_size)

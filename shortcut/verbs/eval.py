@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from shortcut.checking.evaluation import Evaluation, Figure
     from shortcut.checking.harness import Task
     from shortcut.checking.questions import Question
-    from shortcut.material.pictures import Material
+    from shortcut.material.examples import Material
 
 
 @dataclass(frozen=True)

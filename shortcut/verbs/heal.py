@@ -15,18 +15,8 @@ from shortcut.family.tasks import check_writes
 from shortcut.healing.fit import Fitting, fit, write_healed
 from shortcut.healing.training import Healing, Patient, Tuning, train_checkpoint
 from shortcut.material.take import take_text, take_unseen
-from shortcut.options.groups import (
-    Heldout,
-    ModelBase,
-    Offload,
-    Out,
-    Overwrite,
-    Own,
-    Questions,
-    Running,
-    Text,
-    TrainingInDetail,
-)
+from shortcut.options.groups import Heldout, ModelBase, Offload, Out, Overwrite, Questions, Running, Text
+from shortcut.options.healing import Own, TrainingInDetail
 from shortcut.options.presets import HEAL_PRESETS, HealPresetName
 from shortcut.options.verb import handed_on, spell_out, verb, verb_of
 from shortcut.records.methods import FITTED, TRAINED, Method, Objective
@@ -34,7 +24,7 @@ from shortcut.surgery.diff import compare_tensors
 
 if TYPE_CHECKING:
     from shortcut.checking.questions import Question
-    from shortcut.material.pictures import Material
+    from shortcut.material.examples import Material
     from shortcut.publish.heal_report import HealReport
 
 SAMPLES = (32, 2048)  # sequences to fit on, and to train on at most, where --samples does not say
@@ -112,6 +102,13 @@ def heal_checkpoint(asked: HealOptions) -> "HealReport":
     return report
 
 
+def check_heals(checkpoint: Checkpoint) -> None:
+    """Raise ShortcutError for a model that is not a decoder alone."""
+    check_writes(checkpoint.config, "healing")
+    if checkpoint.config.get("is_encoder_decoder") or checkpoint.stack != "decoder":
+        raise ShortcutError("healing is for decoders that stand alone: train this model as you trained its base")
+
+
 def read_methods(asked: HealOptions) -> tuple[tuple[Method, ...], Tuning]:
     """By what is healed, one after the other, and how the one that trains is to do it.
 
@@ -167,7 +164,7 @@ def _admit(asked: HealOptions, methods: Sequence[Method]) -> Patient:
         raise ShortcutError(f"no folder {folder}")
     pick_dtype(asked.dtype, pick_device(asked.device))
     cut, plan = open_folder(folder, quiet=asked.quiet), read_record(folder)
-    check_writes(cut.config, "healing")
+    check_heals(cut)
     if plan is None or not plan.changes:
         raise ShortcutError(f"{folder} has no record ({RECORD}) of what went: there is nothing to heal")
     if methods[0] in FITTED and read_healed(folder):

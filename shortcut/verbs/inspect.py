@@ -6,7 +6,7 @@ from typing import Annotated
 from shortcut.checkpoint.open import open_model
 from shortcut.common.errors import ShortcutError
 from shortcut.family.anatomy import text_config, visual_tokens
-from shortcut.options.groups import Model, Quiet, Revision
+from shortcut.options.groups import Model, Quiet, Stacked
 from shortcut.options.verb import verb
 from shortcut.records.block_lists import parse_blocks
 from shortcut.surgery.inspection import Inspection, inspect_checkpoint
@@ -14,7 +14,7 @@ from shortcut.surgery.savings import prefill
 
 
 @dataclass(frozen=True)
-class InspectOptions(Revision, Quiet):
+class InspectOptions(Stacked, Quiet):
     """A prompt with images"""
 
     model: Model
@@ -33,7 +33,7 @@ def inspect(asked: InspectOptions) -> Inspection:
     Reads headers and config only; of a model on the Hub nothing else is fetched. --frozen says what a prompt with
     images takes with these blocks frozen. Fails where the weights and the config do not tell which blocks there are.
     """
-    checkpoint = open_model(asked.model, asked.revision, weights=False, quiet=asked.quiet)
+    checkpoint = open_model(asked.model, asked.revision, stack=asked.stack, weights=False, quiet=asked.quiet)
     if asked.frozen is None:
         return inspect_checkpoint(checkpoint)
     if asked.text_tokens < 1 or asked.visual_tokens < 1:

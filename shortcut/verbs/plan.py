@@ -8,7 +8,7 @@ from shortcut.checkpoint.open import open_model
 from shortcut.checkpoint.stage import write_text
 from shortcut.choose.plans import given_by_hand, make_plan, read_wanted
 from shortcut.choose.rules import Select
-from shortcut.options.groups import RULES, Allowed, ByHand, HowMany, OutFile, Published, Revision
+from shortcut.options.groups import RULES, Allowed, ByHand, HowMany, OutFile, Published, Stacked
 from shortcut.options.presets import PRESETS
 from shortcut.options.verb import verb
 from shortcut.records.plan import Plan, format_plan
@@ -16,7 +16,7 @@ from shortcut.records.scores import Scores, read_scores
 
 
 @dataclass(frozen=True)
-class PlanOptions(ByHand, HowMany, Allowed, Published, Revision, OutFile):
+class PlanOptions(ByHand, HowMany, Allowed, Published, Stacked, OutFile):
     """How blocks are ranked"""
 
     scores: Annotated[
@@ -39,7 +39,7 @@ def plan(asked: PlanOptions) -> Plan:
     if isinstance(scores, str | Path) and Path(scores).suffix == ".json":
         scores = read_scores(Path(scores))
     if not isinstance(scores, Scores):
-        checkpoint = open_model(scores, asked.revision, weights=False, quiet=asked.quiet)
+        checkpoint = open_model(scores, asked.revision, stack=asked.stack, weights=False, quiet=asked.quiet)
         scores = Scores(checkpoint.base, checkpoint.parameters, checkpoint.block_parameters, {}, {}, {})
     wanted = read_wanted(scores.base, asked, given_by_hand(asked), asked, asked.preset)
     chosen = make_plan(wanted, scores, asked.select, asked.metric)

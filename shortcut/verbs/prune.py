@@ -29,15 +29,14 @@ from shortcut.options.groups import (
     Model,
     Out,
     Overwrite,
-    Own,
     Ranking,
-    Revision,
     Rules,
     Running,
     SampledText,
     Sharded,
-    Training,
+    Stacked,
 )
+from shortcut.options.healing import Own, Training
 from shortcut.options.presets import PRESETS
 from shortcut.options.verb import handed_on, spell_out, verb
 from shortcut.records.methods import TRAINED, Method
@@ -45,7 +44,7 @@ from shortcut.records.plan import Format, format_plan
 from shortcut.records.scores import Scores, format_scores
 from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
 from shortcut.surgery.hollow import check_freezes
-from shortcut.verbs.heal import HealOptions, heal_checkpoint, parse_methods, read_methods
+from shortcut.verbs.heal import HealOptions, check_heals, heal_checkpoint, parse_methods, read_methods
 
 if TYPE_CHECKING:
     from shortcut.checking.trials import Trials
@@ -94,7 +93,7 @@ class PruneReport:
 
 @dataclass(frozen=True)
 class PruneOptions(
-    ByHand, HowMany, Rules, Ranking, Allowed, Heldout, SampledText, Running, Revision, Sharded, Training, Own, Overwrite
+    ByHand, HowMany, Rules, Ranking, Allowed, Heldout, SampledText, Running, Stacked, Sharded, Training, Own, Overwrite
 ):
     """Writing"""
 
@@ -134,11 +133,12 @@ def prune_checkpoint(asked: PruneOptions, *, methods: Sequence[Method] = (), own
     from shortcut.live.load import pick_device, pick_dtype
     from shortcut.scoring.metrics import check_metrics
 
-    base, target = open_model(asked.model, asked.revision, quiet=asked.quiet), Path(asked.out)
+    base = open_model(asked.model, asked.revision, stack=asked.stack, quiet=asked.quiet)
+    target = Path(asked.out)
     request = _read_request(asked, base, refitted="refit" in methods, own=own)
-    check_metrics(request.metrics if request.needs_model else (), base.config)
+    check_metrics(request.metrics if request.needs_model else (), base)
     if methods:
-        check_writes(base.config, "healing")
+        check_heals(base)
     if request.is_open or request.healed:
         check_writes(base.config, "choosing by perplexity")
     images = "freeze-visual" in (*(request.wanted.moves or {}).values(), *request.wanted.allow)

@@ -9,17 +9,7 @@ from shortcut.choose.rules import parse_candidates
 from shortcut.common.processes import is_writer, writer_first
 from shortcut.common.progress import say
 from shortcut.material.take import take_text
-from shortcut.options.groups import (
-    Allowed,
-    Model,
-    Offload,
-    Plot,
-    Ranking,
-    Revision,
-    Running,
-    SampledText,
-    Scaled,
-)
+from shortcut.options.groups import Allowed, Model, Offload, Plot, Ranking, Running, SampledText, Scaled, Stacked
 from shortcut.options.presets import PRESETS
 from shortcut.options.verb import verb
 from shortcut.publish.plots import check_files
@@ -28,7 +18,7 @@ from shortcut.records.scores import Scores, format_scores
 
 
 @dataclass(frozen=True)
-class ScoreOptions(Scaled, Ranking, Allowed, SampledText, Offload, Running, Revision, Plot):
+class ScoreOptions(Scaled, Ranking, Allowed, SampledText, Offload, Running, Stacked, Plot):
     """Scoring"""
 
     model: Model
@@ -63,8 +53,8 @@ def score(asked: ScoreOptions) -> Scores:
     pick_dtype(asked.dtype, pick_device(asked.device))
     check_files(asked.out, asked.plot)
     with writer_first():  # it may have to fetch or convert
-        checkpoint = open_model(asked.model, asked.revision, quiet=asked.quiet)
-    check_metrics(metrics, checkpoint.config)
+        checkpoint = open_model(asked.model, asked.revision, stack=asked.stack, quiet=asked.quiet)
+    check_metrics(metrics, checkpoint)
     depth = checkpoint.base.blocks
     may_go = parse_candidates(asked.candidates, asked.protect, depth)
     check_scaled(asked.scaled, asked.greedy)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from shortcut.healing.projections import find_projection, is_transposed, weights_of
 from shortcut.healing.streams import Streams, inputs_of
+from shortcut.live.batch import Batch
 from shortcut.live.blocks import hidden_input
-from shortcut.live.decoder import PROBE, Batch, Decoder
+from shortcut.live.decoder import PROBE, Decoder
 
 COSINE_STEPS, COSINE_RATE, COSINE_ROWS = 2000, 1e-3, 1024
 GHOST_RIDGE = 1e-6

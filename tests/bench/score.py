@@ -14,8 +14,8 @@ from torch import Tensor
 
 from shortcut.checkpoint.checkpoint import read_checkpoint
 from shortcut.checkpoint.open import embedded_model, open_model
+from shortcut.live.batch import Batch
 from shortcut.live.blocks import decode
-from shortcut.live.decoder import Batch
 from shortcut.live.load import Model, load_model, load_tokenizer
 from shortcut.live.offload import open_live
 from shortcut.material.calibration import make_batches, make_calibration

@@ -16,7 +16,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import shortcut
 from shortcut.checking.verify import images_put_back
-from shortcut.live.decoder import Batch, Decoder
+from shortcut.live.batch import Batch
+from shortcut.live.decoder import Decoder
 from shortcut.records.plan import Base, Plan
 from shortcut.scoring.blocks import score_blocks
 from shortcut.scoring.metrics import METRICS

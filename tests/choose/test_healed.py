@@ -12,7 +12,7 @@ import shortcut
 from shortcut.checking.perplexity import perplexity
 from shortcut.choose.healed import RIDGE, Search
 from shortcut.common.errors import ShortcutError
-from shortcut.live.decoder import Batch
+from shortcut.live.batch import Batch
 from shortcut.live.load import load_model
 from shortcut.material.calibration import Calibration
 from shortcut.material.documents import Source

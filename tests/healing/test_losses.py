@@ -13,7 +13,8 @@ import shortcut
 from shortcut.healing import losses
 from shortcut.healing.lora import Adapter, adapt, projections
 from shortcut.healing.losses import Notes, Student, Teacher, cuts
-from shortcut.live.decoder import Batch, Decoder
+from shortcut.live.batch import Batch
+from shortcut.live.decoder import Decoder
 from shortcut.live.load import load_model
 from shortcut.options.groups import Loading
 from shortcut.records.plan import Base, Plan

@@ -23,7 +23,8 @@ from shortcut.healing.refit import LATER, RIDGES, START, Refit, fit_refits, new_
 from shortcut.healing.saved_fit import SavedFit
 from shortcut.healing.squares import Squares
 from shortcut.healing.streams import Streams
-from shortcut.live.decoder import Batch, Decoder
+from shortcut.live.batch import Batch
+from shortcut.live.decoder import Decoder
 from shortcut.live.load import load_model
 from shortcut.options.groups import Loading
 from shortcut.records.actions import Action

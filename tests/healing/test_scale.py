@@ -14,7 +14,8 @@ from shortcut.checking.perplexity import perplexity
 from shortcut.common.errors import ShortcutError
 from shortcut.healing import scale
 from shortcut.healing.scale import Scale, fit_scales, new_weights
-from shortcut.live.decoder import Batch, Decoder
+from shortcut.live.batch import Batch
+from shortcut.live.decoder import Decoder
 from shortcut.live.load import load_model
 from shortcut.records.actions import Action
 from shortcut.records.plan import Base, Plan

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from shortcut.common.errors import ShortcutError
-from shortcut.live.decoder import Batch, Decoder
+from shortcut.live.batch import Batch
+from shortcut.live.decoder import Decoder
 from shortcut.records.actions import Action
 from shortcut.scoring.blocks import score_blocks
 from shortcut.scoring.greedy import Removal, remove_greedily

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import shortcut
 from shortcut.common.errors import ShortcutError
-from shortcut.live.decoder import Batch, Decoder
+from shortcut.live.batch import Batch
+from shortcut.live.decoder import Decoder
 from shortcut.live.load import load_model
 from shortcut.material.calibration import Calibration, make_batches
 from shortcut.material.documents import Source

@@ -1,0 +1,218 @@
+"""Encoder-decoders, models for images and for sound: every stack of blocks scored, pruned and checked.
+
+Every score is compared with states that hooks see in the whole model, and every result with the base whose blocks are
+skipped, as a user loads both.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import shortcut
+from shortcut.checkpoint.open import open_model
+from shortcut.material.take import take_text
+from shortcut.options.groups import SampledText
+from tests.conftest import VOCABULARY, make_tokenizer
+from tests.verbs.test_encoders import framing_tokenizer
+
+pytestmark = pytest.mark.thorough
+
+TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TWO = {
+    **TOKENS,
+    "decoder_start_token_id": 2,
+    "d_model": 40,
+    "encoder_layers": 5,
+    "decoder_layers": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 53,
+    "decoder_ffn_dim": 47,
+    "max_position_embeddings": 128,
+}
+T5 = {
+    **TOKENS,
+    "decoder_start_token_id": 0,
+    "d_model": 40,
+    "d_kv": 10,
+    "d_ff": 53,
+    "num_heads": 4,
+    "num_layers": 5,
+    "num_decoder_layers": 4,
+}
+WHISPER = {**TWO, "num_mel_bins": 16, "max_source_positions": 50, "max_target_positions": 64}
+TOWER = {"num_attention_heads": 4, "intermediate_size": 53, "image_size": 32, "patch_size": 8}
+READING = {
+    **TOKENS,
+    "hidden_size": 40,
+    "intermediate_size": 53,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+}
+TOWERS = {
+    "text_config": {**READING, "num_hidden_layers": 4, "projection_dim": 44, "projection_size": 44},
+    "vision_config": {**TOWER, "hidden_size": 44, "num_hidden_layers": 5, "projection_dim": 44},
+}
+SOUND = {
+    "vocab_size": 31,
+    "hidden_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 53,
+    "conv_dim": (16,) * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "T5ForConditionalGeneration": ("t5", T5),
+    "BartForConditionalGeneration": ("bart", TWO),
+    "MarianMTModel": ("marian", TWO),
+    "WhisperForConditionalGeneration": ("whisper", WHISPER),
+    "ViTForImageClassification": ("vit", {**TOWER, "hidden_size": 40, "num_hidden_layers": 4, "num_labels": 5}),
+    "ViTModel": ("vit", {**TOWER, "hidden_size": 40, "num_hidden_layers": 4}),
+    "SiglipModel": ("siglip", TOWERS),
+    "CLIPModel": ("clip", {**TOWERS, "projection_dim": 24}),
+    "Wav2Vec2ForCTC": ("wav2vec2", SOUND),
+}
+STACKS = [
+    *((name, stack) for name in list(CASES)[:4] for stack in ("decoder", "encoder")),
+    ("ViTForImageClassification", "decoder"),
+    ("ViTModel", "decoder"),
+    *((name, stack) for name in ("SiglipModel", "CLIPModel") for stack in ("decoder", "vision")),
+    ("Wav2Vec2ForCTC", "decoder"),
+]
+TEXT: dict[str, Any] = {"samples": 5, "length": 24, "quiet": True}
+
+
+def reader_of(name: str) -> Any:
+    """What comes with a checkpoint of this architecture, and makes its inputs."""
+    images = {"size": {"height": 32, "width": 32}}
+    if name.startswith("ViT"):
+        return transformers.ViTImageProcessor(**images)
+    if name.startswith("Whisper"):
+        hears = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
+        return transformers.WhisperProcessor(hears, make_tokenizer())
+    if name.startswith("Wav2Vec2"):
+        return transformers.Wav2Vec2FeatureExtractor()
+    if name.startswith("Siglip"):
+        return transformers.SiglipProcessor(transformers.SiglipImageProcessor(**images), framing_tokenizer())
+    if name.startswith("CLIP"):
+        sees = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+        return transformers.CLIPProcessor(sees, framing_tokenizer())
+    return framing_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of a tiny random checkpoint of an architecture."""
+    made: dict[str, Path] = {}
+
+    def give(name: str) -> Path:
+        if name not in made:
+            family, sizes = CASES[name]
+            torch.manual_seed(7)
+            config = transformers.AutoConfig.for_model(family, **sizes)
+            model = getattr(transformers, name)._from_config(config, attn_implementation="eager").eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.5))
+            made[name] = tmp_path_factory.mktemp(name) / "base"
+            model.save_pretrained(made[name])
+            reader_of(name).save_pretrained(made[name])
+        return made[name]
+
+    return give
+
+
+def load(folder: Path, name: str) -> Any:
+    """As a user loads it who knows the class."""
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return model.eval()
+
+
+def blocks_of(model: Any, stack: str) -> torch.nn.ModuleList:
+    """The blocks of a stack: of two lists of blocks, the deeper ones are the encoder's, or see."""
+    lists = [each for each in model.modules() if isinstance(each, torch.nn.ModuleList) and len(each) in (3, 4, 5)]
+    lists = [each for each in lists if "Layer" in type(each[0]).__name__ or "Block" in type(each[0]).__name__]
+    lists = [each for each in lists if "Conv" not in type(each[0]).__name__ and len(list(each[0].parameters())) > 8]
+    lists.sort(key=len)
+    return lists[0] if stack == "decoder" else lists[-1]
+
+
+def inputs_of(folder: Path, **text: Any) -> list[dict[str, Any]]:
+    """What `score` calls the model with, one example at a time."""
+    asked = SampledText(**{**{name: value for name, value in TEXT.items() if name != "quiet"}, **text})
+    given = take_text(open_model(folder), asked, asked.samples, trust_remote_code=False)
+    return [batch.inputs for batch in given.batches(1)]
+
+
+def result(model: Any, inputs: dict[str, Any], stack: str) -> torch.Tensor:
+    """Logits, last states, or the embedding of a tower."""
+    with torch.no_grad():
+        found = model(**inputs)
+    names = ("logits", "last_hidden_state", "image_embeds" if stack == "vision" else "text_embeds")
+    return next(found[name] for name in names if found.get(name) is not None)
+
+
+def skip(model: Any, stack: str, blocks: list[int]) -> None:
+    """Have blocks of a live model hand on the states that they are given, and give the rest of what they give."""
+    for number in blocks:
+
+        def put_back(_: Any, args: Any, kwargs: Any, out: Any) -> Any:
+            states = args[0] if args else kwargs["hidden_states"]
+            return states if isinstance(out, torch.Tensor) else (states, *out[1:])
+
+        blocks_of(model, stack)[number].register_forward_hook(put_back, with_kwargs=True)
+
+
+@pytest.mark.parametrize(("name", "stack"), STACKS)
+def test_scored_pruned_and_checked(name: str, stack: str, several: Callable[[str], Path], tmp_path: Path) -> None:
+    """Scores are those of the states in the whole model; the result is the base without these blocks."""
+    base, short = several(name), tmp_path / "short"
+    scores = shortcut.score(base, stack=stack, metric="block-influence,angular-all", **TEXT)
+    model, cosines, angles = load(base, name), list[list[Any]](), list[list[Any]]()
+    for inputs in inputs_of(base):
+        states: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def note(_: Any, args: Any, kwargs: Any, out: Any, states: Any = states) -> None:
+            states.append(
+                (args[0] if args else kwargs["hidden_states"], out if isinstance(out, torch.Tensor) else out[0])
+            )
+
+        hooks = [block.register_forward_hook(note, with_kwargs=True) for block in blocks_of(model, stack)]
+        result(model, inputs, stack)
+        for hook in hooks:
+            hook.remove()
+        mask = inputs.get({"decoder": "attention_mask"}.get(stack, ""))
+        assert mask is None or bool(mask.all())
+        pairs = [(before[0].double(), after[0].double()) for before, after in states]
+        found = [torch.cosine_similarity(before, after, dim=-1) for before, after in pairs]
+        cosines.append(found)
+        angles.append([(each.clamp(-1, 1).arccos() / np.pi) for each in found])
+    depth = len(cosines[0])
+    assert scores.base.blocks == depth
+    wanted = [1 - torch.cat([row[block] for row in cosines]).mean().item() for block in range(depth)]
+    np.testing.assert_allclose(scores.of_blocks("block-influence"), wanted, rtol=1e-4, atol=1e-6)
+    wanted = [torch.cat([row[block] for row in angles]).mean().item() for block in range(depth)]
+    np.testing.assert_allclose(scores.of_blocks("angular-all"), wanted, rtol=1e-3, atol=1e-5)
+    by_one = shortcut.score(base, stack=stack, metric="block-influence", batch_size=1, **TEXT)
+    np.testing.assert_allclose(by_one.of_blocks("block-influence"), scores.of_blocks("block-influence"), rtol=1e-4)
+
+    report = shortcut.prune(base, short, stack=stack, drop="1-2", **TEXT)
+    assert report.cut.plan.base.stack == stack
+    assert report.check.logit_difference == pytest.approx(0, abs=1e-4)
+    kept, bypassed = load(short, name), load(base, name)
+    skip(bypassed, stack, [1, 2])
+    for inputs in inputs_of(base)[:2]:
+        expected, whole = (result(each, inputs, stack) for each in (bypassed, model))
+        torch.testing.assert_close(result(kept, inputs, stack), expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(expected, whole, rtol=1e-3, atol=1e-3)
+    again = shortcut.check(short, samples=3, length=16, quiet=True)
+    assert again.logit_difference == pytest.approx(0, abs=1e-4)
