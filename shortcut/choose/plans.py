@@ -69,7 +69,7 @@ def make_plan(wanted: Wanted, scores: Scores, rule: Select, metric: str | None =
     """
     base = scores.base
     if wanted.moves is not None:
-        return Plan.of(base, wanted.moves)
+        return Plan.of(base, wanted.moves, {"preset": wanted.said["preset"]} if "preset" in wanted.said else None)
     metric = metric or next(iter(scores.names), "")
     choices = removals(rule, base.blocks, wanted.staying, scores if scores.names else None, metric, wanted.allow)
     if wanted.count is not None:

@@ -45,9 +45,14 @@ _ENCODER = re.compile(r"(^|[._])encoder[._]")
 _DECODER = re.compile(r"(^|[._])decoder[._]")
 _VISION = re.compile(r"(^|[._])(vision|visual|vit|image)")
 _AUDIO = re.compile(r"(^|[._])(audio|speech)")
-_NORM = re.compile(r"norm|^ln_?\d*$|^ln_f$")
-_ATTENTION = re.compile(r"attn|attention|mixer|mamba|ssm|conv|recurrent|temporal|^[qkvo]_proj")
-_MLP = re.compile(r"mlp|ffn|feed_?forward|moe|expert|router|^fc_?\d|^fc_(in|out)|^wi|^wo|dense_(h|4h)|^channel_mix")
+_NORM = re.compile(r"norm|^ln_?\d*$|^ln_f$", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention|mixer|mamba|ssm|conv|recurrent|temporal|^[qkvo]_proj", re.IGNORECASE)
+_CROSS = re.compile(r"encoder_attn|cross_?att|encdec", re.IGNORECASE)  # attention to what an encoder made
+_MLP = re.compile(
+    r"mlp|ffn|feed_?forward|moe|expert|router|^fc_?\d|^fc_(in|out)|^wi|^wo|dense_(h|4h)|^channel_mix"
+    r"|denserelu|densegated|^intermediate\.|^output\.dense",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -211,13 +216,21 @@ def sees_images(config: Mapping[str, Any]) -> bool:
 
 def part_of(rest: str) -> Part:
     """Which part of a block a tensor belongs to, by its name inside the block."""
-    head = rest.split(".")[0]
-    if _NORM.search(head) and "." in rest:
+    head, _, inner = rest.partition(".")
+    if _NORM.search(head) and inner:
         return "norms"
-    for pattern, part in ((_ATTENTION, "attention"), (_MLP, "mlp")):
-        if pattern.search(head):
-            return part  # type: ignore[return-value]
-    for pattern, part in ((_ATTENTION, "attention"), (_MLP, "mlp")):
-        if pattern.search(rest):
-            return part  # type: ignore[return-value]
-    return "other"
+    if part := _named(head):
+        return part
+    if _NORM.search(rest.split(".")[-2] if inner else ""):
+        return "norms"
+    return _named(rest) or "other"
+
+
+def _named(name: str) -> Part | None:
+    kinds: tuple[tuple[re.Pattern[str], Part], ...] = ((_ATTENTION, "attention"), (_MLP, "mlp"))
+    return next((part for pattern, part in kinds if pattern.search(name)), None)
+
+
+def attends_to_encoder(rest: str) -> bool:
+    """Whether a tensor belongs to attention to what an encoder made, by its name inside the block."""
+    return _CROSS.search(rest) is not None

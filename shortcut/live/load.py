@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -31,6 +32,12 @@ LOADING_ERRORS = (
     ImportError,
     StrictDataclassError,
 )
+# By what a model reads, under which names its forward takes that.
+READ = {
+    "text": ("input_ids", "decoder_input_ids"),
+    "image": ("pixel_values",),
+    "audio": ("input_features", "input_values"),
+}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -191,8 +198,9 @@ def modalities(config: Any) -> frozenset[str]:
     """What a model of this config reads: "text", "image", "audio". Code of its own is taken to read text."""
     import transformers
 
-    read = getattr(getattr(transformers, (config.architectures or ["none"])[0], None), "input_modalities", "text")
-    return frozenset([read] if isinstance(read, str) else read)
+    named = getattr(transformers, (config.architectures or ["none"])[0], None)
+    taken = signature(named.forward).parameters if named is not None else ("input_ids",)
+    return frozenset(kind for kind, names in READ.items() if any(name in taken for name in names))
 
 
 def start_token(folder: Path, config: Any) -> int | None:

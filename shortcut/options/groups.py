@@ -168,7 +168,9 @@ class ByHand:
 
     drop: Annotated[str | None, 'the blocks that go, by number, counted from 0: "21-29,31"'] = None
     keep: Annotated[
-        str | None, 'the blocks that stay, the others go: "0,2,4-28", or every-second (0, 2, 4 ...), every-third ...'
+        str | None,
+        'the blocks that stay, the others go: "0,2,4-28", or every-second (0, 2, 4 ...), every-third ..., or '
+        "first-and-last",
     ] = None
     attention_only: Annotated[str | None, "the blocks that lose their MLP, by number"] = None
     mlp_only: Annotated[str | None, "the blocks that lose their attention, by number"] = None
@@ -251,9 +253,14 @@ class Rules(Scaled):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sharded:
+class Writing:
     """Writing"""
 
     max_shard_size: Annotated[
         str | None, "split the weights into files of at most this size, such as 5GB; otherwise as the base is split"
     ] = None
+    keep_mtp: Annotated[
+        bool,
+        "keep the heads behind the last block that predict further tokens, for servers that draft with them; they "
+        "learnt behind all blocks, so fewer of their drafts will be right",
+    ] = False

@@ -9,7 +9,16 @@ from typing import Any, Literal
 
 from shortcut.common.errors import ShortcutError
 
-PresetName = Literal["shortgpt", "shortx", "deeper-layers", "shortened-llama", "short-transformers", "sleb"]
+PresetName = Literal[
+    "shortgpt",
+    "shortx",
+    "deeper-layers",
+    "shortened-llama",
+    "short-transformers",
+    "sleb",
+    "distilbert",
+    "distil-whisper",
+]
 SuiteName = Literal["shortened-llama", "shortgpt"]
 
 
@@ -67,6 +76,11 @@ PRESETS: dict[PresetName, Preset] = {
         {"metric": "perplexity", "select": "greedy", "average": "tokens"},
         "arXiv:2402.09025",
         "one by one, the block without which the rest predicts text best",
+    ),
+    # Those that a student starts with, which then learns from the whole model.
+    "distilbert": Preset({"keep": "every-second"}, "arXiv:1910.01108", "every second block"),
+    "distil-whisper": Preset(
+        {"keep": "first-and-last"}, "arXiv:2311.00430", "all blocks of the decoder but the first and the last"
     ),
 }
 # What published figures are of: tasks of lm-evaluation-harness, and the metric that counts of each.
@@ -142,8 +156,8 @@ def with_preset(
 ) -> Mapping[str, str | float]:
     """The options that the preset among them gives to a verb; none without one.
 
-    given: what the verb is called with; known: the options that it has. Raises ShortcutError for an unknown preset, and
-    for one that lacks the number of blocks to leave out one by one.
+    given: what the verb is called with; known: the options that it has. Raises ShortcutError for an unknown preset, for
+    one that lacks the number of blocks to leave out one by one, and for one that says nothing of what the verb does.
     """
     name = given.get("preset")
     if name is None or not presets:
@@ -153,4 +167,7 @@ def with_preset(
     options = presets[name].options
     if options.get("select") == "greedy" and "greedy" in known and not given.get("greedy"):
         raise ShortcutError(f"the preset {name} leaves blocks out one by one: say how many with --greedy N")
-    return {option: value for option, value in options.items() if option in known}
+    found = {option: value for option, value in options.items() if option in known}
+    if not found:
+        raise ShortcutError(f"the preset {name} is not for this command: all it says is {', '.join(options)}")
+    return found

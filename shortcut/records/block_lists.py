@@ -34,12 +34,14 @@ def parse_blocks(text: str, depth: int | None = None) -> tuple[int, ...]:
 
 
 def parse_kept(text: str, depth: int) -> tuple[int, ...]:
-    """Read the blocks that stay: a list, or "every-second", "every-third" and so on, of which the first block is one.
+    """Read the blocks that stay: a list, or "every-second", "every-third" and so on, of which the first block is one,
+    or "first-and-last".
 
     Raises ShortcutError as `parse_blocks` does.
     """
     words = {f"every-{word}": step for step, word in enumerate(("second", "third", "fourth", "fifth", "sixth"), 2)}
-    if text.startswith("every-") and text not in words:
+    words["first-and-last"] = max(1, depth - 1)
+    if re.match("every-|first", text) and text not in words:
         raise ShortcutError(f"cannot read {text!r}: there are {', '.join(words)}")
     return tuple(range(0, depth, words[text])) if text in words else parse_blocks(text, depth)
 

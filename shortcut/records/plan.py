@@ -25,6 +25,7 @@ from shortcut.records.block_lists import format_blocks, parse_blocks, parse_kept
 
 Format = Literal["custom", "zeroed", "decilm"]
 FORMAT = 1
+KEEPS_HEADS = "keep-mtp"  # in a file, and as an option
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ class Plan:
 
     format: how blocks that lose a half are written: "custom", without its tensors and with a modeling file; "zeroed",
     with zeros in their place, as large as before; "decilm", without them and as servers of DeciLM read it.
+    keeps_heads: whether heads behind the last block that predict further tokens stay where blocks go.
     """
 
     base: Base
     actions: tuple[Action, ...]
     why: Mapping[str, Any] = field(default_factory=dict)
     format: Format = "custom"
+    keeps_heads: bool = False
 
     def __post_init__(self) -> None:
         if len(self.actions) != self.base.blocks:
@@ -142,13 +145,14 @@ class Plan:
         """The plan as the plain data that its file holds."""
         base = self.base.to_dict()
         lists: dict[str, Any] = {action: format_blocks(self.blocks(action)) for action in LISTED if self.blocks(action)}
-        written = {} if self.format == "custom" else {"format": self.format}
+        written: dict[str, Any] = {} if self.format == "custom" else {"format": self.format}
+        written |= {KEEPS_HEADS: True} if self.keeps_heads else {}
         return {"shortcut": FORMAT, "base": base, "drop": "none", **lists, **written, "why": dict(self.why)}
 
     @classmethod
     def from_dict(cls, data: Any, origin: str = "plan") -> "Plan":
         """Read the plain data of a plan; `origin` names it in errors. Raises ShortcutError for anything else."""
-        check_format(data, origin, {"base", *LISTED, "format", "why"})
+        check_format(data, origin, {"base", *LISTED, "format", KEEPS_HEADS, "why"})
         base = read_base(data.get("base"), origin)
         lists: dict[Action, str] = {}
         for action in LISTED:
@@ -164,7 +168,7 @@ class Plan:
         except (TypeError, ValueError):
             raise ShortcutError(f'{origin}: "why" has to be plain data: text, numbers, lists and mappings') from None
         plan = cls.of(base, parse_moves(lists, base.blocks), why)
-        return replace(plan, format=data.get("format", "custom"))
+        return replace(plan, format=data.get("format", "custom"), keeps_heads=data.get(KEEPS_HEADS) is True)
 
 
 def parse_moves(lists: Mapping[Action, str], depth: int) -> dict[int, Action]:

@@ -29,11 +29,17 @@ from shortcut.family.fields import (
 
 
 def cut_config(
-    config: Mapping[str, Any], anatomy: Anatomy, kept: Sequence[int], code: Path | None = None
+    config: Mapping[str, Any],
+    anatomy: Anatomy,
+    kept: Sequence[int],
+    code: Path | None = None,
+    *,
+    keeps_heads: bool = False,
 ) -> dict[str, Any]:
     """The content of config.json after all blocks but `kept` are gone.
 
-    kept: ascending block numbers of the base. code: as for `load_config`. Raises ShortcutError for a family that cannot
+    kept: ascending block numbers of the base. code: as for `load_config`. keeps_heads: whether those that predict
+    further tokens stay. Raises ShortcutError for a family that cannot
     be cut exactly.
     """
     if len(kept) == anatomy.depth:
@@ -48,6 +54,8 @@ def cut_config(
     _check_providers(text, kept)
     _solve_periods(text, anatomy.depth, kept)
     for field, value in text.items():
+        if keeps_heads and field in EXTRA_HEADS:
+            continue
         text[field] = _cut_field(field, value, anatomy, kept)
     return result
 
@@ -63,7 +71,7 @@ def _cut_field(field: str, value: Any, anatomy: Anatomy, kept: Sequence[int]) ->
         return sum(block <= number for block in kept) - 1
     if field in SUFFIX_COUNTS and number:
         return sum(block >= anatomy.depth - number for block in kept)
-    if field in EXTRA_HEADS and number:  # they do not fit another stack of blocks
+    if field in EXTRA_HEADS and number:
         return 0
     if field in INDEX_SETS and value:
         first = INDEX_SETS[field]
@@ -123,11 +131,15 @@ def _list(text: Mapping[str, Any], field: str) -> list[Any]:
 
 
 def _derives_lists(config: Mapping[str, Any], anatomy: Anatomy) -> bool:
-    """Whether the family's class may know per-block lists that this JSON lacks: not for plain families, and not where
-    transformers 5 wrote the whole text config (nested ones omit what equals the default)."""
+    """Whether the family's class may know per-block lists that this JSON lacks.
+
+    Not for plain families, and not where transformers 5 wrote the whole text config (nested ones omit what equals the
+    default) and no period is left in it.
+    """
     _, text = stack_config(config, anatomy.stack)
     written = str(config.get("transformers_version", "")).split(".")[0]
     complete = not anatomy.config_path and written.isdigit() and int(written) >= 5
+    complete = complete and not any(text.get(field) for field in PERIODS)
     return not is_plain(text) and not complete
 
 

@@ -12,19 +12,16 @@ from typing import Any
 
 from shortcut.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint, read_json
 from shortcut.checkpoint.modules import copy_modules
-from shortcut.checkpoint.remote import bytes_to_fetch, fetch_tensors
-from shortcut.checkpoint.side_files import copy_side_files, left_behind, write_json
+from shortcut.checkpoint.remote import fetch_tensors
+from shortcut.checkpoint.side_files import copy_side_files, write_json
 from shortcut.checkpoint.stage import RECORD, make_durable
 from shortcut.checkpoint.tensors import FLOATS, Tensor, select, write_file
 from shortcut.common.errors import ShortcutError
-from shortcut.common.text import format_count, format_size
 from shortcut.common.version import __version__
 from shortcut.family.anatomy import fused_axis
 from shortcut.family.fields import check_family, is_plain
 from shortcut.family.halves import decilm, has_own_code, modeling_of
 from shortcut.family.known import is_proven
-from shortcut.modeling.editions import NEWEST, beyond_proof
-from shortcut.records.block_lists import format_blocks
 from shortcut.records.plan import FORMAT, Plan
 from shortcut.surgery.config import cut_config
 from shortcut.surgery.decilm import check_decilm
@@ -48,76 +45,6 @@ class OutputFile:
         return sum(tensor.size for _, tensor in self.tensors)
 
 
-@dataclass(frozen=True)
-class CutReport:
-    """What a cut wrote, or would write: files with their bytes, and the model before and after."""
-
-    out: str
-    plan: Plan
-    files: tuple[tuple[str, int], ...]
-    parameters_before: int
-    parameters_after: int
-    bytes_before: int
-    bytes_after: int
-    bytes_to_fetch: int
-    heads_dropped: tuple[str, ...]
-    left_behind: tuple[str, ...]
-    written: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for --json."""
-        return {**vars(self), "plan": self.plan.to_dict()}
-
-    def __str__(self) -> str:
-        plan, heads, fetched = self.plan, self.heads_dropped, format_size(self.bytes_to_fetch)
-        verb = "wrote" if self.written else "would write"
-        return "\n".join(
-            [
-                f"{verb} {self.out}",
-                f"{'drops' if plan.described[0].isdigit() else 'plan '}  {plan.described}",
-                f"keeps  {format_blocks(plan.kept)} ({len(plan.kept)} of {plan.base.blocks} blocks)",
-                *(_how_to_load() if plan.needs_code else []),
-                f"parameters {format_count(self.parameters_before)} -> {format_count(self.parameters_after)}, "
-                f"bytes {format_size(self.bytes_before)} -> {format_size(self.bytes_after)}",
-                *(f"{format_size(size):>9}  {name}" for name, size in self.files),
-                *([f"dropped too: {len(heads)} tensors that predict further tokens"] if heads else []),
-                *([f"left behind: {', '.join(self.left_behind)}"] if self.left_behind else []),
-                *([f"from the Hub: {fetched} of {format_size(self.bytes_before)}"] if self.bytes_to_fetch else []),
-            ]
-        )
-
-
-def _how_to_load() -> list[str]:
-    lines = ["loads with trust_remote_code=True, for the modeling file in it"]
-    if beyond := beyond_proof():
-        lines.append(
-            f"that file is proven up to transformers {NEWEST}, and {beyond} is installed: see that check passes"
-        )
-    return lines
-
-
-def report_cut(
-    checkpoint: Checkpoint, plan: Plan, out: Path, max_shard_size: int | None, *, written: bool
-) -> CutReport:
-    """Say what carrying out this plan writes, before or after. Raises ShortcutError for a plan of another depth."""
-    files = plan_files(checkpoint, plan, max_shard_size)
-    return CutReport(
-        out=str(out),
-        plan=plan,
-        files=tuple((file.name, file.size) for file in files),
-        parameters_before=checkpoint.parameters,
-        parameters_after=sum(tensor.parameters for file in files for _, tensor in file.tensors),
-        bytes_before=checkpoint.size,
-        bytes_after=sum(file.size for file in files),
-        bytes_to_fetch=bytes_to_fetch(checkpoint.mirrors, needed(files)),
-        heads_dropped=tuple(
-            name for name in checkpoint.tensors if plan.dropped and checkpoint.anatomy.predicts_further(name)
-        ),
-        left_behind=left_behind(checkpoint.folder),
-        written=written,
-    )
-
-
 def shorten_config(
     checkpoint: Checkpoint, plan: Plan, *, no_guard: bool = False, trust_remote_code: bool = False
 ) -> dict[str, Any]:
@@ -133,13 +60,15 @@ def shorten_config(
         check_family(checkpoint.config)
         raise ShortcutError(f"{checkpoint.name} comes with code of its own: --trust-remote-code lets the guard run it")
     code = checkpoint.folder if own_code else None
-    config = cut_config(checkpoint.config, checkpoint.anatomy, plan.kept, code)
+    config = cut_config(checkpoint.config, checkpoint.anatomy, plan.kept, code, keeps_heads=plan.keeps_heads)
     config = renumber_frozen(config, plan.kept)
     if plan.dropped:
         for part in (config, *(config[key] for key in checkpoint.anatomy.config_path)):
             for field in QUANTISATION_FIELDS:
                 if isinstance(part.get(field), dict):
-                    part[field] = renumber_settings(part[field], checkpoint.anatomy, plan.kept, checkpoint.tensors)
+                    part[field] = renumber_settings(
+                        part[field], checkpoint.anatomy, stored(checkpoint, plan), checkpoint.tensors
+                    )
         if not is_plain(checkpoint.config) and not no_guard:
             from shortcut.surgery.guard import guard
 
@@ -154,7 +83,7 @@ def carry_over(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[str, Tenso
     """By its name in the base, every tensor that stays: its new name, and what of it stays.
 
     Blocks are renumbered in their order. Of tensors that hold a part for every block, the parts of the kept ones stay.
-    Heads behind the last block that predict further tokens do not fit another stack of blocks: they go.
+    Heads behind the last block that predict further tokens go, unless the plan keeps them.
     """
     if checkpoint.anatomy.depth != plan.base.blocks:
         here = f"{checkpoint.name} has {checkpoint.anatomy.depth}"
@@ -164,15 +93,22 @@ def carry_over(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[str, Tenso
     tensors = {name: blanked(tensor) if name in blank else tensor for name, tensor in checkpoint.tensors.items()}
     if not plan.dropped:
         return {name: (name, tensor) for name, tensor in tensors.items() if name not in gone}
-    numbers = {old: new for new, old in enumerate(plan.kept)}
+    numbers = {old: new for new, old in enumerate(stored(checkpoint, plan))}
     staying = {}
     for name, tensor in tensors.items():
         where = checkpoint.anatomy.split(name)
-        if where is None and not checkpoint.anatomy.predicts_further(name):
+        if where is None and (plan.keeps_heads or not checkpoint.anatomy.predicts_further(name)):
             staying[name] = (name, _kept_parts(checkpoint, plan, tensor))
         elif where is not None and where[0] in numbers and name not in gone:
             staying[name] = (checkpoint.anatomy.join(numbers[where[0]], where[1]), tensor)
     return staying
+
+
+def stored(checkpoint: Checkpoint, plan: Plan) -> tuple[int, ...]:
+    """What is stored in the result where the blocks are, by the base's numbers: kept blocks, then heads that stay."""
+    numbers = {where[0] for name in checkpoint.tensors if (where := checkpoint.anatomy.split(name))}
+    heads = sorted(number for number in numbers if number >= plan.base.blocks) if plan.keeps_heads else []
+    return (*plan.kept, *heads)
 
 
 def _kept_parts(checkpoint: Checkpoint, plan: Plan, tensor: Tensor) -> Tensor:
@@ -195,7 +131,8 @@ def plan_files(checkpoint: Checkpoint, plan: Plan, max_shard_size: int | None = 
         groups = _pack([tensor for group in groups for tensor in group], max_shard_size)
         metadata = [{key: value for file in metadata for key, value in file.items()}] * len(groups)
     if plan.dropped:
-        metadata = [renumber_metadata(meta, checkpoint.anatomy, plan.kept, checkpoint.tensors) for meta in metadata]
+        kept = stored(checkpoint, plan)
+        metadata = [renumber_metadata(meta, checkpoint.anatomy, kept, checkpoint.tensors) for meta in metadata]
     filled = [(group, meta) for group, meta in zip(groups, metadata, strict=True) if group]
     count = len(filled)
     return tuple(
@@ -252,7 +189,8 @@ def write_checkpoint(
     copy_side_files(checkpoint.folder, folder)
     copy_modules(checkpoint.folder, folder)
     for path in (folder / name for name in QUANTISATION_FILES if plan.dropped and (folder / name).exists()):
-        write_json(path, renumber_settings(read_json(path), checkpoint.anatomy, plan.kept, checkpoint.tensors))
+        settings = read_json(path)
+        write_json(path, renumber_settings(settings, checkpoint.anatomy, stored(checkpoint, plan), checkpoint.tensors))
     if plan.dropped and (folder / PARAMS).exists():
         write_json(folder / PARAMS, _with_depth(read_json(folder / PARAMS), checkpoint, len(plan.kept)))
     if plan.needs_code or has_own_code(checkpoint.folder, checkpoint.config):

@@ -3,11 +3,12 @@
 Base and result are built on the meta device from their configs, without weights. Every kept block must have the same
 parameters and buffers, of the same shapes, and the same plain attributes in all its modules, but for its number.
 Whatever depends on a block's position in a way that the rules of `config.py` do not make good shows up here, and is
-refused.
+refused. What code of a checkpoint's own does with the number is not to be seen in attributes: there the blocks run, on
+random weights.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,13 @@ from shortcut.checkpoint.checkpoint import Checkpoint
 from shortcut.common.errors import ShortcutError
 from shortcut.family.anatomy import fused_axis
 from shortcut.live.blocks import blocks_path
-from shortcut.live.load import Model, build_empty
+from shortcut.live.load import LOADING_ERRORS, Model, build_empty
+from shortcut.surgery.numbered import first_unlike, tracking
 
-# Attributes that name the block or the depth and enter no arithmetic (big_bird seeds the random attention of training;
+NUMBERS = {"layer_idx", "layer_id", "layer_number", "layer_num", "idx"}  # of blocks, in families of transformers
+# Attributes that enter no arithmetic (big_bird seeds the random attention of training;
 # recurrent_gemma notes its running state).
-HARMLESS = {
-    "layer_idx",
-    "layer_id",
-    "layer_number",
-    "layer_num",
-    "idx",
-    "seed",
-    "num_hidden_layers",
-    "store_full_length_kv",
-    "next_skip_topk",
-}
+HARMLESS = {"seed", "num_hidden_layers", "store_full_length_kv", "next_skip_topk"}
 
 
 def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int], code: Path | None) -> None:
@@ -42,12 +35,16 @@ def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int]
     """
     base, short = (build_empty(content, code) for content in (checkpoint.config, config))
     blocks = blocks_path(base, checkpoint.stack)
-    base_blocks, short_blocks = ([_describe(block) for block in model.get_submodule(blocks)] for model in (base, short))
+    stacks = base.get_submodule(blocks), short.get_submodule(blocks)
+    base_blocks, short_blocks = ([_describe(block) for block in stack] for stack in stacks)
     if len(short_blocks) != len(kept):
         raise ShortcutError(f"the shortened config builds {len(short_blocks)} blocks instead of {len(kept)}")
     family = checkpoint.config.get("model_type")
+    numbers = {name for block in base_blocks for name in block if name.rpartition(".")[2] in NUMBERS}
+    if code is not None:
+        numbers |= tracking(base_blocks) & tracking(short_blocks)
     for new, old in enumerate(kept):
-        if difference := _first_difference(base_blocks[old], short_blocks[new]):
+        if difference := _first_difference(base_blocks[old], short_blocks[new], apart=numbers):
             change = f"block {old} would become block {new} with {difference}"
             raise ShortcutError(f"cannot delete these blocks of {family} exactly: {change}")
     _check_shared(checkpoint, base.get_submodule(blocks), kept)
@@ -61,6 +58,21 @@ def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int]
     }
     if difference := _first_difference(expected, _shapes_outside(short, blocks)):
         raise ShortcutError(f"cannot delete these blocks of {family} exactly: outside the blocks it has {difference}")
+    if numbers and code is not None:
+        _check_numbers(base, stacks, kept)
+
+
+def _check_numbers(base: Model, stacks: tuple[nn.ModuleList, nn.ModuleList], kept: Sequence[int]) -> None:
+    """Refuse blocks of a model with code of its own that compute something else under another number."""
+    try:
+        unlike = first_unlike(base, stacks, kept)
+    except LOADING_ERRORS as error:
+        reason = f"whether their number matters cannot be tried: {' '.join(str(error).split())[:200]}"
+    else:
+        if unlike is None:
+            return
+        reason = f"block {unlike} computes something else as block {list(kept).index(unlike)}"
+    raise ShortcutError(f"cannot delete these blocks of {base.config.model_type} exactly: {reason}")
 
 
 def _check_shared(checkpoint: Checkpoint, blocks: nn.Module, kept: Sequence[int]) -> None:
@@ -130,8 +142,8 @@ def _is_rounding(was: Any, would_be: Any) -> bool:
     return isinstance(was, float) and isinstance(would_be, float) and math.isclose(was, would_be, rel_tol=1e-12)
 
 
-def _first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
-    for what in sorted(before.keys() | after.keys()):
+def _first_difference(before: Mapping[str, Any], after: Mapping[str, Any], apart: Collection[str] = ()) -> str | None:
+    for what in sorted((before.keys() | after.keys()) - set(apart)):
         was, would_be = before.get(what, "absent"), after.get(what, "absent")
         if was != would_be and not _is_rounding(was, would_be):
             return f"{what} = {would_be} instead of {was}"

@@ -1,16 +1,20 @@
 """What a checkpoint is made of, from its headers and its config alone."""
 
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shortcut.checkpoint.checkpoint import Checkpoint
+from shortcut.common.stacks import Stack
 from shortcut.common.text import format_count, format_size, format_table
-from shortcut.family.anatomy import Part, part_of, text_config
+from shortcut.family.anatomy import attends_to_encoder, other_stacks, part_of, stack_config
 from shortcut.family.fields import is_per_block, refusal
 from shortcut.records.block_lists import format_blocks
 from shortcut.surgery.savings import CONTEXT, Prefill, Saving, savings
 
-PARTS: tuple[Part, ...] = ("attention", "mlp", "norms", "other")
+PARTS = ("attention", "cross", "mlp", "norms", "other")
+_EMBEDDING = re.compile("emb|wte|wpe|lm_head|^shared")
+_WRITES = re.compile("CausalLM|LMHead|ConditionalGeneration")  # what is said of a prompt and of new tokens is for these
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The blocks of a checkpoint and the rest of it, and what can be done to the family."""
+    """The blocks of a checkpoint and the rest of it, and what can be done to the family.
+
+    stack: whose blocks they are; others: the other stacks, and how many blocks each has.
+    """
 
     model: str
     family: str
@@ -51,13 +58,18 @@ class Inspection:
     savings: tuple[tuple[Saving, ...], ...]
     refusal: str | None
     prefill: Prefill | None = None
+    stack: Stack = "decoder"
+    others: dict[Stack, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for --json."""
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = []
+        rows, crosses = [], any("cross" in block.parts for block in self.blocks)
+        shown = [part for part in PARTS if crosses or part != "cross"]
+        of = f"{self.stack} " if self.others else ""
+        others = [f"also {count} {name} blocks: --stack {name}" for name, count in self.others.items()]
         for kind in dict.fromkeys((block.kind, block.total) for block in self.blocks):
             alike = [block for block in self.blocks if (block.kind, block.total) == kind]
             parts = alike[0].parts
@@ -65,19 +77,20 @@ class Inspection:
                 [
                     format_blocks(block.number for block in alike),
                     kind[0],
-                    *(format_count(parts[part].parameters) if part in parts else "-" for part in PARTS),
+                    *(format_count(parts[part].parameters) if part in parts else "-" for part in shown),
                     format_count(kind[1].parameters),
                     format_size(kind[1].bytes),
                     f"{kind[1].parameters / self.total.parameters:.2%}",
                 ]
             )
-        head = ["blocks", "kind", *PARTS, "each", "bytes", "of model"]
-        todo = ["", f"refused: {self.refusal}"] if self.refusal else self._saved()
+        head = ["blocks", "kind", *shown, "each", "bytes", "of model"]
+        todo = ["", f"refused: {self.refusal}"] if self.refusal else self._saved() if self.savings else []
         return "\n".join(
             [
                 f"{self.model}",
-                f"{self.family}: {len(self.blocks)} blocks, {format_count(self.total.parameters)} parameters, "
+                f"{self.family}: {len(self.blocks)} {of}blocks, {format_count(self.total.parameters)} parameters, "
                 f"{format_size(self.total.bytes)} of {'/'.join(self.dtypes)} in {self.files} file(s)",
+                *others,
                 "",
                 format_table(head, rows, left=2),
                 "",
@@ -103,19 +116,22 @@ class Inspection:
 
 def inspect_checkpoint(checkpoint: Checkpoint, prompt: Prefill | None = None) -> Inspection:
     """Count parameters and bytes, block by block and part by part; no weight is read."""
-    _, text = text_config(checkpoint.config)
+    _, text = stack_config(checkpoint.config, checkpoint.stack)
     depth = checkpoint.anatomy.depth
     kinds = [value for field, value in text.items() if is_per_block(field, value, depth) and field.endswith("_types")]
     blocks = []
     for number, tensors in enumerate(checkpoint.blocks):
         parts: dict[str, Amount] = {}
         for rest, tensor in tensors:
-            held = parts.get(part_of(rest), Amount(0, 0))
-            parts[part_of(rest)] = Amount(held.parameters + tensor.parameters, held.bytes + tensor.size)
+            part = "cross" if attends_to_encoder(rest) and part_of(rest) != "norms" else part_of(rest)
+            held = parts.get(part, Amount(0, 0))
+            parts[part] = Amount(held.parameters + tensor.parameters, held.bytes + tensor.size)
         blocks.append(Block(number, ", ".join(str(kind[number]) for kind in kinds) or "block", parts))
     outside = [tensor for name, tensor in checkpoint.tensors.items() if checkpoint.anatomy.split(name) is None]
-    embedding = [t for t in outside if "emb" in t.name or "wte" in t.name or "wpe" in t.name or "lm_head" in t.name]
+    embedding = [t for t in outside if _EMBEDDING.search(t.name)]
     embeddings = Amount(sum(t.parameters for t in embedding), sum(t.size for t in embedding))
+    named, reads = str(checkpoint.config.get("architectures") or "LMHead"), checkpoint.config.get("is_encoder_decoder")
+    writes = _WRITES.search(named) and checkpoint.stack == "decoder" and not reads
     return Inspection(
         model=checkpoint.name,
         family=str(checkpoint.config.get("model_type", "unknown")),
@@ -127,7 +143,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, prompt: Prefill | None = None) ->
             sum(t.parameters for t in outside) - embeddings.parameters, sum(t.size for t in outside) - embeddings.bytes
         ),
         blocks=tuple(blocks),
-        savings=tuple(savings(checkpoint, number) for number in range(len(blocks))),
+        savings=tuple(savings(checkpoint, number) for number in range(len(blocks) if writes else 0)),
         refusal=refusal(checkpoint.config),
         prefill=prompt,
+        stack=checkpoint.stack,
+        others=other_stacks(checkpoint.tensors, checkpoint.config, checkpoint.stack),
     )

@@ -10,15 +10,16 @@ from shortcut.choose.plans import BY_HAND, given_by_hand
 from shortcut.common.errors import ShortcutError
 from shortcut.common.progress import byte_bar
 from shortcut.common.text import parse_size
-from shortcut.options.groups import FORMAT, ByHand, Model, Out, Overwrite, Sharded, Stacked, TrustRemoteCode
+from shortcut.options.groups import FORMAT, ByHand, Model, Out, Overwrite, Stacked, TrustRemoteCode, Writing
 from shortcut.options.verb import verb
 from shortcut.records.plan import Format, Plan, parse_moves, read_plan
-from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
+from shortcut.surgery.cut import shorten_config, write_checkpoint
 from shortcut.surgery.diff import compare_tensors
+from shortcut.surgery.report import CutReport, report_cut
 
 
 @dataclass(frozen=True)
-class CutOptions(ByHand, Stacked, Sharded, Overwrite):
+class CutOptions(ByHand, Stacked, Writing, Overwrite):
     """Writing"""
 
     model: Model
@@ -56,6 +57,7 @@ def cut(asked: CutOptions) -> CutReport:
             raise ShortcutError(f"the plan is for the {plan.base.stack}, not for --stack {asked.stack}")
     if asked.format is not None:
         plan = replace(plan, format=asked.format)
+    plan = replace(plan, keeps_heads=plan.keeps_heads or asked.keep_mtp)
     limit = None if asked.max_shard_size is None else parse_size(asked.max_shard_size)
     check_target(out, overwrite=asked.overwrite, base=checkpoint.folder)
     report = report_cut(checkpoint, plan, out, limit, written=not asked.dry_run)

@@ -33,8 +33,8 @@ from shortcut.options.groups import (
     Rules,
     Running,
     SampledText,
-    Sharded,
     Stacked,
+    Writing,
 )
 from shortcut.options.healing import Own, Training
 from shortcut.options.presets import PRESETS
@@ -42,8 +42,9 @@ from shortcut.options.verb import handed_on, spell_out, verb
 from shortcut.records.methods import TRAINED, Method
 from shortcut.records.plan import Format, format_plan
 from shortcut.records.scores import Scores, format_scores
-from shortcut.surgery.cut import CutReport, report_cut, shorten_config, write_checkpoint
+from shortcut.surgery.cut import shorten_config, write_checkpoint
 from shortcut.surgery.hollow import check_freezes
+from shortcut.surgery.report import CutReport, report_cut
 from shortcut.verbs.heal import HealOptions, check_heals, heal_checkpoint, parse_methods, read_methods
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class PruneReport:
 
 @dataclass(frozen=True)
 class PruneOptions(
-    ByHand, HowMany, Rules, Ranking, Allowed, Heldout, SampledText, Running, Stacked, Sharded, Training, Own, Overwrite
+    ByHand, HowMany, Rules, Ranking, Allowed, Heldout, SampledText, Running, Stacked, Writing, Training, Own, Overwrite
 ):
     """Writing"""
 
@@ -149,12 +150,12 @@ def prune_checkpoint(asked: PruneOptions, *, methods: Sequence[Method] = (), own
     pick_dtype(asked.dtype, pick_device(asked.device))
     plan, *others = request.foresee(base)
     for each in (plan, *others):
-        report_cut(base, replace(each, format=asked.format), target, limit, written=False)
+        report_cut(base, replace(each, format=asked.format, keeps_heads=asked.keep_mtp), target, limit, written=False)
     unseen = take_unseen(base, asked, asked.heldout, images=images, trust_remote_code=asked.trust_remote_code)
     scores, trials = None, None
     if request.needs_model:
         plan, scores, trials = select_plan(base, request, asked, asked, images=images)
-    plan = replace(plan, format=asked.format)
+    plan = replace(plan, format=asked.format, keeps_heads=asked.keep_mtp)
     cut = report_cut(base, plan, target, limit, written=True)
     config = shorten_config(base, plan, trust_remote_code=asked.trust_remote_code)
     with staged(target, overwrite=asked.overwrite, base=base.folder, size=cut.bytes_after) as folder:

@@ -16,7 +16,7 @@ from shortcut.options.verb import UsageError, bind, verb
 from shortcut.records.actions import LISTED
 from shortcut.records.block_lists import format_blocks, parse_blocks
 from shortcut.records.plan import Plan
-from shortcut.surgery.cut import CutReport
+from shortcut.surgery.report import CutReport
 from shortcut.surgery.savings import prefill
 from shortcut.verbs.check import check
 from shortcut.verbs.cut import cut

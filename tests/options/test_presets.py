@@ -28,7 +28,7 @@ def of(name: str, command: str) -> dict[str, Any]:
 def test_options_are_what_the_command_line_takes(name: str) -> None:
     """Every value of a row can be written behind the option of that name, and is read as the same value."""
     options = PRESETS[name].options
-    assert {"metric", "select"} <= set(options)
+    assert {"metric", "select"} <= set(options) or set(options) == {"keep"}
     assert bind(
         COMMANDS["prune"], {"model": "m", "out": "o", **{key: str(value) for key, value in options.items()}}
     ) == {
@@ -38,7 +38,7 @@ def test_options_are_what_the_command_line_takes(name: str) -> None:
     }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if "keep" not in PRESETS[name].options])
 def test_a_preset_is_its_options(name: str, llama: Path) -> None:
     """Scores and plan by a preset are those by its options, and both say which preset it was."""
     extra = {"greedy": 1} if name == "sleb" else {}
@@ -63,6 +63,16 @@ def test_prune_by_preset(name: str, llama: Path, tmp_path: Path) -> None:
     assert pruned.cut.plan.why == {**expected.cut.plan.why, "preset": name}
     assert pruned.cut.plan.dropped == expected.cut.plan.dropped
     assert pruned.cut.plan.why["calibration"]["samples"] == small["samples"]
+
+
+@pytest.mark.parametrize(("name", "dropped"), [("distilbert", (1, 3, 5)), ("distil-whisper", (1, 2, 3, 4, 5))])
+def test_presets_of_places(name: Any, dropped: tuple[int, ...], llama: Path) -> None:
+    """Those that keep blocks by their place need no scores, and say which preset it was."""
+    plan = shortcut.plan(llama, preset=name)
+    assert plan.dropped == dropped
+    assert plan.why == {"preset": name}
+    with pytest.raises(ShortcutError, match=f"the preset {name} is not for this command: all it says is keep"):
+        shortcut.score(llama, preset=name)
 
 
 def test_sweep_by_preset(llama: Path) -> None:

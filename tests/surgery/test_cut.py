@@ -86,14 +86,15 @@ def test_plain_families_derive_nothing(family: str) -> None:
     assert {key for key in deep if deep[key] != shallow[key]} <= {"num_hidden_layers", "n_layer"}
 
 
+@pytest.mark.parametrize("version", ["4.50.0", "5.24.0"])
 def test_hub_style_config_without_lists_is_resolved(
-    checkpoint_of: Callable[..., Path], token_ids: Tensor, tmp_path: Path
+    version: str, checkpoint_of: Callable[..., Path], token_ids: Tensor, tmp_path: Path
 ) -> None:
     """A config that holds a period instead of the list of block types keeps every block's own type."""
     folder = shutil.copytree(checkpoint_of("gemma3_text"), tmp_path / "hub")
     config = json.loads((folder / "config.json").read_text())
     del config["layer_types"]
-    config |= {"sliding_window_pattern": 3, "transformers_version": "4.50.0"}
+    config |= {"sliding_window_pattern": 3, "transformers_version": version}
     (folder / "config.json").write_text(json.dumps(config))
     report = shortcut.cut(folder, tmp_path / "short", drop="0,3", quiet=True)
     base, short = load(folder), load(tmp_path / "short")
@@ -287,6 +288,34 @@ def test_heads_behind_the_last_block_go_and_are_named(llama: Path, tmp_path: Pat
     save_file(tensors | {"model.layers.2.surplus": torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ShortcutError, match=r"1 unexpected keys, such as model\.layers\.2\.surplus"):
         shortcut.score(folder, **text)
+
+
+def test_heads_behind_the_last_block_can_stay(llama: Path, tmp_path: Path) -> None:
+    """--keep-mtp keeps them behind the last block that stays, byte for byte, and the record says so: check passes."""
+    folder = shutil.copytree(llama, tmp_path / "base")
+    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    inside = {f"eh_proj_{number}": torch.randn(3, generator=generator) for number in (0, 1)}
+    extra = {f"model.layers.{DEPTH + place}.{name}": value for place, (name, value) in enumerate(inside.items())}
+    save_file(tensors | extra | {"mtp.norm.weight": torch.ones(5)}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["num_nextn_predict_layers"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "short"
+    report = shortcut.prune(folder, out, drop="1,4", keep_mtp=True, samples=2, length=16, quiet=True)
+    assert report.cut.heads_dropped == ()
+    written = load_file(out / "model.safetensors")
+    for place, (name, value) in enumerate(inside.items()):
+        torch.testing.assert_close(written[f"model.layers.{DEPTH - 2 + place}.{name}"], value, rtol=0, atol=0)
+    assert set(written) - set(load_file(llama / "model.safetensors")) == {
+        f"model.layers.{DEPTH - 2}.eh_proj_0",
+        f"model.layers.{DEPTH - 1}.eh_proj_1",
+        "mtp.norm.weight",
+    }
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 2
+    assert "keep-mtp: true" in (out / "plan.yaml").read_text()
+    assert shortcut.check(out, samples=2, length=16, quiet=True).logit_difference == 0
+    shortcut.cut(out, tmp_path / "again", drop="0", quiet=True)  # without the option, they go
+    assert not [name for name in load_file(tmp_path / "again" / "model.safetensors") if "eh_proj" in name]
 
 
 STYLES = {
