@@ -1,8 +1,4 @@
-"""What models give that do not predict the next token, and how far a shortened one gives the same as its base.
-
-Of encoders without a head that is the mean of the last states, as embeddings mostly are; of those that predict masked
-tokens the likeliest one where every seventh is masked; of classifiers the likeliest class, or one number.
-"""
+"""How far a shortened model that does not predict the next token gives the same as its base."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shortcut.common.errors import ShortcutError
 from shortcut.common.stacks import Stack
 from shortcut.family.tasks import Gives
 from shortcut.live.batch import Batch
 from shortcut.live.blocks import run_model
 from shortcut.live.load import Model
+from shortcut.live.outcomes import masked, pooled, rows_of
 
-FIRST, STEP = 3, 7  # the tokens that are masked
 EMBEDDINGS = "embeddings like the base's (mean cosine)"
 NUMBERS = "numbers like the base's (rank correlation)"
 CLASSES = "the same class as the base"
@@ -56,34 +51,13 @@ def what_it_gives(
     rows, what = list[Tensor](), EMBEDDINGS
     for batch in batches:
         if gives == "masked tokens":
-            what, batch, hidden = TOKENS, *masked(batch, tokenizer)
-            rows.append(run_model(model, batch.inputs)[hidden].argmax(-1))
-            continue
+            what, batch = TOKENS, masked(batch, tokenizer.mask_token_id)
         result = run_model(model, batch.inputs, stack).float()
         if gives == "states":
             rows.append(pooled(result, batch.mask))
-        else:
-            result = result[batch.mask] if result.shape[:2] == batch.ids.shape else result
+            continue
+        result = rows_of(result, batch)
+        if what != TOKENS:
             what = CLASSES if result.shape[-1] > 1 else NUMBERS
-            rows.append(result.argmax(-1).flatten() if what == CLASSES else result[:, 0])
+        rows.append(result[:, 0] if what == NUMBERS else result.argmax(-1))
     return Given(what, torch.cat(rows).cpu())
-
-
-def pooled(states: Tensor, mask: Tensor) -> Tensor:
-    """The mean over real tokens, (batch, tokens, width) -> (batch, width); what is pooled already stays as it is.
-
-    Where states are not of these tokens, but of parts of images or sound, all count.
-    """
-    if states.dim() == 2:
-        return states
-    kept = (mask if mask.shape == states.shape[:2] else torch.ones(states.shape[:2])).to(states)[..., None]
-    return (states * kept).sum(1) / kept.sum(1)
-
-
-def masked(batch: Batch, tokenizer: Any) -> tuple[Batch, Tensor]:
-    """A batch with some of its tokens masked, and which: (batch, tokens)."""
-    if tokenizer.mask_token_id is None:
-        raise ShortcutError("the model predicts masked tokens, and its tokenizer has no mask token")
-    places = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    hidden = batch.mask & (places % STEP == FIRST)
-    return Batch(batch.ids.masked_fill(hidden, tokenizer.mask_token_id), batch.mask), hidden

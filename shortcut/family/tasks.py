@@ -91,7 +91,8 @@ def find_task(config: Mapping[str, Any]) -> Task:
     from transformers.models.auto import modeling_auto
 
     family, architecture = config.get("model_type"), (config.get("architectures") or [None])[0]
-    named = {task: getattr(modeling_auto, task.table).get(family) for task in TASKS}
+    tasks = [task for task in TASKS if task is not MASKED or not config.get("is_encoder_decoder")]  # BART is in both
+    named = {task: getattr(modeling_auto, task.table).get(family) for task in tasks}
     for task, names in named.items():
         if architecture is not None and architecture in (names if isinstance(names, tuple) else (names,)):
             return task
@@ -103,4 +104,4 @@ def find_task(config: Mapping[str, Any]) -> Task:
     encodes = architecture is None and not config.get("is_decoder")
     guesses = (MASKED, WRITING, SEEING) if encodes else (WRITING, SEEING)
     guesses = (TRANSLATING, *guesses) if config.get("is_encoder_decoder") else guesses
-    return next((task for task in guesses if named[task] is not None), WRITING)
+    return next((task for task in guesses if named.get(task) is not None), WRITING)

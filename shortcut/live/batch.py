@@ -17,7 +17,8 @@ class Batch:
 
     visual: which tokens stand for parts of images, (batch, tokens); extra: what else the model is called with;
     answers: which tokens are of the answers, where these are there. name: as what the model is given the ids; empty
-    where they only count what blocks see of the rest, such as parts of images.
+    where they only count what blocks see of the rest, such as parts of images. hidden: of tokens that are masked the
+    ids, (batch, tokens), and -1 elsewhere.
     """
 
     ids: Tensor
@@ -26,13 +27,16 @@ class Batch:
     extra: Mapping[str, Any] = field(default_factory=dict)
     answers: Tensor | None = None
     name: Literal["input_ids", "decoder_input_ids", ""] = "input_ids"
+    hidden: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
         extra = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.extra.items()}
-        visual = None if self.visual is None else self.visual.to(device)
-        answers = None if self.answers is None else self.answers.to(device)
-        return Batch(self.ids.to(device), self.mask.to(device), visual, extra, answers, self.name)
+        ids, mask = self.ids.to(device), self.mask.to(device)
+        visual, answers, hidden = (
+            None if each is None else each.to(device) for each in (self.visual, self.answers, self.hidden)
+        )
+        return Batch(ids, mask, visual, extra, answers, self.name, hidden)
 
     def repeat(self, copies: int) -> "Batch":
         """So many copies of a batch of text, one behind the other."""

@@ -97,7 +97,7 @@ class Decoder:
         try:
             with torch.no_grad():
                 last = self.states(batch)[-1]
-                if self.gives == "next tokens" and self.stack == "decoder":
+                if self.predicts:
                     walked, expected = self.predict(last[0]), torch.log_softmax(result[0].float(), dim=-1)
                 else:
                     walked, expected = self.finish(batch, last).float(), result.float()
@@ -109,6 +109,11 @@ class Decoder:
         unknown = not result.isfinite().all()  # whoever runs the blocks finds which of them it is
         alike = unknown or difference <= PREDICTION_TOLERANCE * expected.abs().max().item()
         return None if alike else f"what they give differs by {difference:.3g}"
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the states behind the last block predict the next token."""
+        return self.gives == "next tokens" and self.stack == "decoder"
 
     def check_alone(self, what: str) -> None:
         """Raise ShortcutError where blocks cannot be run one by one, for what needs that."""

@@ -9,6 +9,7 @@ from shortcut.common.errors import ShortcutError
 from shortcut.live.batch import Batch
 from shortcut.live.decoder import LOGITS_AT_ONCE, Decoder, check_finite
 from shortcut.live.offload import resident
+from shortcut.live.outcomes import apart, are_logs, outcome
 from shortcut.records.actions import FREEZING, Action, Move
 from shortcut.scoring.metrics import Metric, cosine, pairwise_cosines
 from shortcut.scoring.spill import Budget, SpillDict
@@ -60,8 +61,14 @@ def add_batch(
         if done:
             list(walk(decoder, batch, ablated=untouched, allow=()))
         whole = untouched.get(AS_IT_IS, ablated[AS_IT_IS])
+        add = _add_ablations if decoder.predicts else _add_outcomes
         with resident(decoder.head):
-            _add_ablations(decoder, batch, whole, ablated, of_logits, sums)
+            add(decoder, batch, whole, ablated, of_logits, sums)
+
+
+def rows_key(metric: Metric) -> str:
+    """Under what name it is kept how many rows the sums of a metric are over, of what is no prediction of tokens."""
+    return f"{metric.name} rows"
 
 
 def chosen(metric: Metric, batch: Batch) -> Tensor:
@@ -163,3 +170,27 @@ def _add_ablations(
                 which = count > 0
                 values = metric.measure(base[which], without[which], targets[chunk][which]).double()
                 sums[key(metric, action)][block] += (values @ count[which]).cpu()
+
+
+def _add_outcomes(
+    decoder: Decoder,
+    batch: Batch,
+    whole: Tensor,
+    ablated: Mapping[Move, Tensor],
+    metrics: Sequence[Metric],
+    sums: Sums,
+) -> None:
+    """As `_add_ablations`, of models that give something else than the next token: every row of that counts."""
+    batch = batch.to(whole.device)
+    base = outcome(decoder, batch, whole)
+    targets = torch.zeros(0) if batch.hidden is None else batch.hidden[batch.hidden >= 0]
+    for metric in metrics:
+        sums[rows_key(metric)] += len(base)
+    for move in ablated:
+        states = ablated[move]
+        without = base if states is whole else outcome(decoder, batch, states)
+        check_finite(without, f"the model without block {move.block}", states.dtype)
+        for metric in metrics:
+            logs = are_logs(decoder, base)
+            values = metric.measure(base, without, targets) if logs else apart(base, without)
+            sums[key(metric, move.action)][move.block] += values.double().sum().cpu()

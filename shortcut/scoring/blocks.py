@@ -15,7 +15,7 @@ from shortcut.live.decoder import Decoder
 from shortcut.live.offload import free_memory, is_offloaded
 from shortcut.records.actions import FREEZING, GONE, Action
 from shortcut.records.scores import Measured
-from shortcut.scoring.accumulate import Sums, add_batch, key, weights
+from shortcut.scoring.accumulate import Sums, add_batch, key, rows_key, weights
 from shortcut.scoring.gradients import score_weights
 from shortcut.scoring.metrics import Metric
 from shortcut.scoring.pairs import score_pairs
@@ -88,6 +88,7 @@ def score_walked(
         for metric in metrics
         for action in GONE
     }
+    sums |= {} if decoder.predicts else {rows_key(metric): torch.zeros(1, dtype=torch.float64) for metric in metrics}
     together = is_offloaded(decoder.model)
     own = share(batches)
     device = device_of(decoder.model)
@@ -116,7 +117,8 @@ def _means(
         for action in GONE:
             if action in FREEZING and action not in allow:
                 continue
-            count = sum(weights(metric, batch, action).sum().item() for batch in batches)
+            rows = add_up(sums[rows_key(metric)]).item() if rows_key(metric) in sums else 0
+            count = rows or sum(weights(metric, batch, action).sum().item() for batch in batches)
             mean = add_up(sums[key(metric, action)]) / count
             scores[action][metric.name] = (
                 tuple(map(metric.finish, mean.tolist()))

@@ -17,7 +17,7 @@ from torch import Tensor
 from shortcut.checkpoint.checkpoint import Checkpoint
 from shortcut.common.errors import ShortcutError
 from shortcut.common.text import format_table
-from shortcut.family.tasks import check_writes
+from shortcut.family.tasks import find_task
 from shortcut.records.scores import Average, perplexity_of
 
 Needs = Literal["states", "spans", "pairs", "logits", "gradients", "weights"]
@@ -206,14 +206,15 @@ def add_metric(metric: Metric) -> None:
 
 
 def check_metrics(metrics: Sequence[Metric], checkpoint: Checkpoint) -> None:
-    """Raise ShortcutError for metrics of next tokens, of a model or a stack that does not predict them."""
+    """Raise ShortcutError for metrics of the loss, of a model or a stack that does not predict tokens."""
+    gives = find_task(checkpoint.config).gives if any(m.needs in ("logits", "gradients") for m in metrics) else None
+    reads = checkpoint.stack != "decoder" or checkpoint.config.get("is_encoder_decoder")
     for metric in metrics:
-        if metric.needs not in ("logits", "gradients"):
-            continue
-        check_writes(checkpoint.config, f"the metric {metric.name}")
-        reads = checkpoint.config.get("is_encoder_decoder")
-        if checkpoint.stack != "decoder" or (reads and metric.needs == "gradients"):
-            raise ShortcutError(f"the metric {metric.name} does not know the {checkpoint.stack} of such a model")
+        of_loss = metric.needs == "gradients" or metric.tokens == "followed"
+        if metric.needs == "gradients" and (gives != "next tokens" or reads):
+            raise ShortcutError(f"the metric {metric.name} is for decoders that stand alone: use kl or block-influence")
+        if metric.needs == "logits" and of_loss and (gives in ("classes", "states") or checkpoint.stack != "decoder"):
+            raise ShortcutError(f"the metric {metric.name} needs a model that predicts tokens: use kl")
 
 
 def pick_metrics(names: str, average: Average = "tokens") -> list[Metric]:

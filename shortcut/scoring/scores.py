@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from shortcut.material.examples import Material
     from shortcut.scoring.greedy import Removal
     from shortcut.scoring.metrics import Metric
+    from shortcut.scoring.partial_sums import Partials
 
 
 def make_scores(
@@ -36,7 +37,6 @@ def make_scores(
     """
     from shortcut.live.blocks import device_of
     from shortcut.live.decoder import Decoder
-    from shortcut.scoring.blocks import score_blocks
     from shortcut.scoring.greedy import remove_greedily
     from shortcut.scoring.partial_sums import Partials
 
@@ -49,18 +49,57 @@ def make_scores(
     decoder, sizes = Decoder.of(live, checkpoint.stack, given[0]), checkpoint.block_parameters
     batches = [decoder.seen(batch) for batch in given]
     _check(decoder, checkpoint.name, batches[0], scaled=removal is not None and removal.scaled, quiet=how.quiet)
-    found = score_blocks(decoder, batches, metrics, allow=allow, partials=partials, quiet=how.quiet)
+    hidden = _hide(decoder, checkpoint, batches)  # what metrics of predictions are about
+    found = _score_all(decoder, batches, hidden, metrics, allow, partials, quiet=how.quiet)
     halves: Measured = {action: scores for action, scores in found.items() if action != "drop"}
     goes: dict[Action, tuple[int, ...]] = {action: _sizes(decoder, action, sizes) for action in halves}
     whole, taken = found.get("drop", {}), calibration.record()
     scores = Scores(checkpoint.base, checkpoint.parameters, sizes, whole, taken, settings, {}, halves, goes)
     if removal is not None:
         moves = remove_greedily(
-            decoder, batches, metrics[0], removal, allow=allow, weights=scores.size, partials=partials, quiet=how.quiet
+            decoder,
+            hidden if metrics[0].needs == "logits" else batches,
+            metrics[0],
+            removal,
+            allow=allow,
+            weights=scores.size,
+            partials=partials,
+            quiet=how.quiet,
         )
         scores = replace(scores, orders={metrics[0].name: tuple(move for move, _ in moves)})
     partials.forget()
     return scores
+
+
+def _score_all(
+    decoder: "Decoder",
+    batches: "list[Batch]",
+    hidden: "list[Batch]",
+    metrics: "Sequence[Metric]",
+    allow: Sequence[Action],
+    partials: "Partials",
+    *,
+    quiet: bool,
+) -> Measured:
+    """Scores by all metrics: those of predictions on text with tokens masked, where the model predicts these."""
+    from shortcut.scoring.blocks import score_blocks
+
+    of_logits = [metric for metric in metrics if metric.needs == "logits" and hidden is not batches]
+    groups = ((batches, [metric for metric in metrics if metric not in of_logits]), (hidden, of_logits))
+    parts = [score_blocks(decoder, b, own, allow=allow, partials=partials, quiet=quiet) for b, own in groups if own]
+    names = [metric.name for metric in metrics]
+    return {act: {name: part[act][name] for name in names for part in parts if name in part[act]} for act in allow}
+
+
+def _hide(decoder: "Decoder", checkpoint: Checkpoint, batches: "list[Batch]") -> "list[Batch]":
+    """The batches with some tokens masked, of a model that predicts these; else as they are."""
+    from shortcut.live.load import load_tokenizer
+    from shortcut.live.outcomes import masked
+
+    if decoder.gives != "masked tokens":
+        return batches
+    mask = load_tokenizer(checkpoint.folder).mask_token_id
+    return batches if mask is None else [masked(batch, mask) for batch in batches]
 
 
 def _check(decoder: "Decoder", name: str, batch: "Batch", *, scaled: bool, quiet: bool) -> None:

@@ -166,7 +166,7 @@ def _walk_as_a_whole(
         with ExitStack() as stack:
             for number, hook in hooks.items():
                 stack.callback(blocks[number].register_forward_hook(hook, with_kwargs=True).remove)
-            return run_model(decoder.model, batch.inputs)
+            return run_model(decoder.model, batch.inputs, decoder.stack)
 
     left = running(decoder, done)
     gone = {number: hand_on for number in range(len(blocks)) if number not in left}

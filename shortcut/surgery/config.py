@@ -27,6 +27,8 @@ from shortcut.family.fields import (
     is_plain,
 )
 
+SEEN_AT = "vision_feature_layer"  # which states of a tower for images go to the decoder
+
 
 def cut_config(
     config: Mapping[str, Any],
@@ -53,11 +55,29 @@ def cut_config(
         _write_lists(text, resolve_config(config, anatomy, code), anatomy.depth)
     _check_providers(text, kept)
     _solve_periods(text, anatomy.depth, kept)
+    if anatomy.stack == "vision" and SEEN_AT in result:
+        result[SEEN_AT] = _move_states(result[SEEN_AT], anatomy.depth, kept)
     for field, value in text.items():
         if keeps_heads and field in EXTRA_HEADS:
             continue
         text[field] = _cut_field(field, value, anatomy, kept)
     return result
+
+
+def _move_states(value: Any, depth: int, kept: Sequence[int]) -> Any:
+    """The numbers of the states between blocks that are handed on, after the cut; negative ones count from the end.
+
+    Raises ShortcutError where states within the stack would become those at its end, which a norm may have gone over.
+    """
+    if isinstance(value, list):
+        return [_move_states(each, depth, kept) for each in value]
+    if not isinstance(value, int):
+        return value
+    state = value if value >= 0 else depth + 1 + value
+    moved = sum(block < state for block in kept)
+    if state < depth and moved == len(kept):
+        raise ShortcutError(f"images are seen in front of block {state} ({SEEN_AT}): it or one behind it has to stay")
+    return moved if value >= 0 else moved - len(kept) - 1
 
 
 def _cut_field(field: str, value: Any, anatomy: Anatomy, kept: Sequence[int]) -> Any:

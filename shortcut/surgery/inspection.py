@@ -69,7 +69,7 @@ class Inspection:
         rows, crosses = [], any("cross" in block.parts for block in self.blocks)
         shown = [part for part in PARTS if crosses or part != "cross"]
         of = f"{self.stack} " if self.others else ""
-        others = [f"also {count} {name} blocks: --stack {name}" for name, count in self.others.items()]
+        others = [f"also {_count(count, f'{name} ')}: --stack {name}" for name, count in self.others.items()]
         for kind in dict.fromkeys((block.kind, block.total) for block in self.blocks):
             alike = [block for block in self.blocks if (block.kind, block.total) == kind]
             parts = alike[0].parts
@@ -88,7 +88,7 @@ class Inspection:
         return "\n".join(
             [
                 f"{self.model}",
-                f"{self.family}: {len(self.blocks)} {of}blocks, {format_count(self.total.parameters)} parameters, "
+                f"{self.family}: {_count(len(self.blocks), of)}, {format_count(self.total.parameters)} parameters, "
                 f"{format_size(self.total.bytes)} of {'/'.join(self.dtypes)} in {self.files} file(s)",
                 *others,
                 "",
@@ -112,6 +112,10 @@ class Inspection:
         head = ["each of", "action", "parameters", "cache/token", "FLOPs/token of a prompt", "of a new token"]
         note = f"cache in half precision; prompts of {CONTEXT} tokens, a new token behind as many"
         return ["", "what a move saves", format_table(head, rows, left=2), "", note]
+
+
+def _count(blocks: int, of: str) -> str:
+    return f"{blocks} {of}block{'s' * (blocks != 1)}"
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, prompt: Prefill | None = None) -> Inspection:

@@ -202,15 +202,62 @@ def test_embeddings_are_means_of_real_tokens() -> None:
     assert Given(NUMBERS, numbers).like(Given(NUMBERS, numbers * 3)) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_head_gives_without_a_block(name: str, encoder: Callable[[str], Path]) -> None:
+    """kl is that of masked tokens or classes, the square of what one number changes by, or the angle of embeddings."""
+    base, ids = encoder(name), sequences()
+    scores = shortcut.score(base, metric="kl,block-influence", **TEXT)
+    hidden = ids.clone()
+    if name.endswith("MaskedLM"):
+        hidden[:, 3::7] = framing_tokenizer().mask_token_id
+    whole, distances = output(load(base, name), hidden).double(), []
+    for block in range(DEPTH):
+        model = load(base, name)
+        skip(model, [block])
+        without = output(model, hidden).double()
+        if name.endswith("Model"):
+            one, other = (each.mean(1) for each in (whole, without))
+            distance = torch.cosine_similarity(one, other, dim=-1).clamp(-1, 1).arccos() / np.pi
+        elif whole.shape[-1] == 1:
+            distance = (whole - without).square()
+        else:
+            logs = [each.log_softmax(-1) for each in (whole, without)]
+            distance = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+            distance = distance[hidden != ids] if name.endswith("MaskedLM") else distance
+        distances.append(distance.mean().item())
+    np.testing.assert_allclose(scores.of_blocks("kl"), distances, rtol=2e-3, atol=1e-6)
+    plain = shortcut.score(base, metric="block-influence", **TEXT)
+    assert plain.of_blocks("block-influence") == scores.of_blocks("block-influence")  # of the text as it is
+
+
+def test_masked_tokens_have_a_perplexity(encoder: Callable[[str], Path]) -> None:
+    """It is that of the tokens that were masked, without each block; blocks can go by it one by one."""
+    base, ids = encoder("BertForMaskedLM"), sequences()
+    scores = shortcut.score(base, metric="perplexity", greedy=2, **TEXT)
+    hidden = ids.clone()
+    hidden[:, 3::7] = framing_tokenizer().mask_token_id
+    prices = []
+    for gone in [[block] for block in range(DEPTH)]:
+        model = load(base, "BertForMaskedLM")
+        skip(model, gone)
+        logs = output(model, hidden).double().log_softmax(-1)
+        losses = -logs.gather(-1, ids[..., None])[..., 0][hidden != ids]
+        prices.append(losses.mean().exp().item())
+    np.testing.assert_allclose(scores.of_blocks("perplexity"), prices, rtol=1e-3)
+    order = [move.block for move in scores.orders["perplexity"]]
+    assert order[0] == int(np.argmin(prices))
+    assert len(set(order)) == 2
+
+
 WRITING = {
-    "score {} --metric kl": "the metric kl needs a model that predicts the next token, and BertModel gives states",
-    "score {} --metric taylor": "the metric taylor needs a model that predicts the next token",
+    "score {} --metric perplexity": "the metric perplexity needs a model that predicts tokens: use kl",
+    "score {} --metric taylor": "the metric taylor is for decoders that stand alone: use kl or block-influence",
     "prune {} out --count 2 --select auto": "choosing by perplexity needs a model that predicts the next token",
     "prune {} out --count 2 --heal refit": "healing needs a model that predicts the next token",
     "eval {}": "eval needs a model that predicts the next token",
     "speed {}": "speed needs a model that predicts the next token",
     "chat {}": "chat needs a model that predicts the next token",
-    "prune {} out --count 2 --metric perplexity": "the metric perplexity needs a model that predicts the next token",
+    "prune {} out --count 2 --metric perplexity": "the metric perplexity needs a model that predicts tokens: use kl",
     "sweep {} --count 1": "choosing by perplexity needs a model that predicts the next token",
 }
 

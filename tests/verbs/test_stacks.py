@@ -4,7 +4,9 @@ Every score is compared with states that hooks see in the whole model, and every
 skipped, as a user loads both.
 """
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ import transformers
 
 import shortcut
 from shortcut.checkpoint.open import open_model
+from shortcut.common.errors import ShortcutError
 from shortcut.material.take import take_text
 from shortcut.options.groups import SampledText
 from tests.conftest import VOCABULARY, make_tokenizer
+from tests.test_cli import fails
 from tests.verbs.test_encoders import framing_tokenizer
+from tests.vision import FAMILIES, IMAGE, make_inputs, make_vision_model
 
 pytestmark = pytest.mark.thorough
 
@@ -216,3 +221,83 @@ def test_scored_pruned_and_checked(name: str, stack: str, several: Callable[[str
         assert not torch.allclose(expected, whole, rtol=1e-3, atol=1e-3)
     again = shortcut.check(short, samples=3, length=16, quiet=True)
     assert again.logit_difference == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize(("name", "stack"), STACKS)
+def test_what_the_model_gives_without_a_block(name: str, stack: str, several: Callable[[str], Path]) -> None:
+    """kl is that of what is predicted, tokens, classes or frames of sound; or the angle of an embedding."""
+    base = several(name)
+    metric = "kl-all" if stack == "decoder" and "Conditional" in name else "kl"
+    scores = shortcut.score(base, stack=stack, metric=metric, **TEXT)
+    inputs, distances = inputs_of(base), []
+    model = load(base, name)
+    whole = [result(model, each, stack) for each in inputs]
+    for block in range(len(blocks_of(model, stack))):
+        model = load(base, name)
+        skip(model, stack, [block])
+        found = []
+        for one, each in zip(whole, inputs, strict=True):
+            other = result(model, each, stack)
+            if name in ("ViTModel", "SiglipModel", "CLIPModel"):
+                pair = [value.double() if value.dim() == 2 else value.double().mean(1) for value in (one, other)]
+                found.append(torch.cosine_similarity(*pair, dim=-1).clamp(-1, 1).arccos() / np.pi)
+            else:
+                logs = [value.double().log_softmax(-1) for value in (one, other)]
+                found.append((logs[0].exp() * (logs[0] - logs[1])).sum(-1).flatten())
+        distances.append(torch.cat(found).mean().item())
+    np.testing.assert_allclose(scores.of_blocks(metric), distances, rtol=5e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("seen", "moved"), [(-2, -2), (-1, -1), (3, 1), ([1, -2], [1, -2]), ([2, 5], [1, 3])])
+def test_towers_hand_on_the_same_states(seen: Any, moved: Any, tmp_path: Path) -> None:
+    """Inside a vision-language model, what the tower hands on is counted anew where blocks in front of it go."""
+    states = {"vision_config.num_hidden_layers": 5, "vision_feature_layer": seen}
+    family = replace(FAMILIES["llava"], changes={**FAMILIES["llava"].changes, **states})
+    model = make_vision_model(family)
+    model.save_pretrained(tmp_path / "base")
+    shortcut.cut(tmp_path / "base", tmp_path / "short", drop="1,2", stack="vision", quiet=True)
+    assert json.loads((tmp_path / "short" / "config.json").read_text())["vision_feature_layer"] == moved
+    short = load(tmp_path / "short", "LlavaForConditionalGeneration")
+    inputs = make_inputs(model, family, [[3, IMAGE, 4]])
+    whole = result(model, inputs, "vision")
+    for number in (1, 2):
+        model.model.vision_tower.encoder.layers[number].forward = lambda hidden, *_, **__: hidden
+    expected = result(model, inputs, "vision")
+    torch.testing.assert_close(result(short, inputs, "vision"), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(whole, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_towers_keep_a_block_behind_what_they_hand_on(tmp_path: Path) -> None:
+    """States within a tower do not become those at its end: a norm may come there."""
+    family = replace(FAMILIES["llava"], changes={**FAMILIES["llava"].changes, "vision_config.num_hidden_layers": 4})
+    make_vision_model(family).save_pretrained(tmp_path / "base")
+    with pytest.raises(ShortcutError, match=r"images are seen in front of block 3 \(vision_feature_layer\): it or one"):
+        shortcut.cut(tmp_path / "base", tmp_path / "short", drop="3", stack="vision", quiet=True)
+
+
+def test_the_stacks_are_named(several: Callable[[str], Path], tmp_path: Path, capsys: Any) -> None:
+    """inspect says which other stacks there are; a stack that is none, and a plan for another, is one line."""
+    base = several("T5ForConditionalGeneration")
+    said = str(shortcut.inspect(base))
+    assert "t5: 4 decoder blocks" in said
+    assert "also 5 encoder blocks: --stack encoder" in said
+    assert said.splitlines()[4].split() == [
+        *("blocks", "kind", "attention", "cross", "mlp", "norms", "other", "each", "bytes", "of", "model")
+    ]
+    assert "cross" not in str(shortcut.inspect(base, stack="encoder"))
+    command = ["score", str(several("ViTModel")), "--stack", "encoder"]
+    assert "vit has no encoder stack of its own: leave out --stack" in fails(capsys, command, 1)
+    plan = shortcut.plan(base, drop="2", stack="encoder")
+    assert "stack: encoder" in str(plan)
+    report = shortcut.cut(base, tmp_path / "short", plan=plan, quiet=True)
+    assert report.plan.base.stack == "encoder"
+    assert shortcut.inspect(tmp_path / "short").others == {"encoder": 4}
+    with pytest.raises(ShortcutError, match="the plan is for the decoder, not for --stack encoder"):
+        shortcut.cut(base, tmp_path / "no", plan=shortcut.plan(base, drop="2"), stack="encoder", quiet=True)
+
+
+@pytest.mark.parametrize("stack", ["decoder", "encoder"])
+def test_the_block_with_the_positions_stays(stack: str, several: Callable[[str], Path], tmp_path: Path) -> None:
+    """T5 keeps its table of relative positions in the first block of each stack: it cannot go."""
+    with pytest.raises(ShortcutError, match="block 1 would become block 0 with .*relative_attention_bias"):
+        shortcut.cut(several("T5ForConditionalGeneration"), tmp_path / "no", drop="0", stack=stack, quiet=True)
