@@ -12,7 +12,7 @@ from shortcut.family.tasks import Gives
 from shortcut.live.batch import Batch
 from shortcut.live.blocks import run_model
 from shortcut.live.load import Model
-from shortcut.live.outcomes import masked, pooled, rows_of
+from shortcut.live.outcomes import check_mask, masked, pooled, rows_of
 
 EMBEDDINGS = "embeddings like the base's (mean cosine)"
 NUMBERS = "numbers like the base's (rank correlation)"
@@ -51,7 +51,7 @@ def what_it_gives(
     rows, what = list[Tensor](), EMBEDDINGS
     for batch in batches:
         if gives == "masked tokens":
-            what, batch = TOKENS, masked(batch, tokenizer.mask_token_id)
+            what, batch = TOKENS, masked(batch, check_mask(tokenizer.mask_token_id))
         result = run_model(model, batch.inputs, stack).float()
         if gives == "states":
             rows.append(pooled(result, batch.mask))

@@ -19,7 +19,7 @@ from torch import nn
 from shortcut.common.errors import ShortcutError
 from shortcut.common.processes import add_up, own_part
 from shortcut.common.progress import gauge, say
-from shortcut.healing.losses import Student
+from shortcut.healing.losses import Judged, Student
 from shortcut.healing.saved import SavedTraining
 from shortcut.live.batch import Batch
 from shortcut.material.examples import Material
@@ -51,7 +51,8 @@ class Pace:
 class State:
     """How far training is, the same for all processes. Losses are means over the tokens set aside.
 
-    first: before training; best: the lowest, and best_at the step after which; least: the lowest of those after it.
+    judged: what they say, of which the loss is the logarithm where it is perplexity. first: before training; best: the
+    lowest, and best_at the step after which; least: the lowest of those after it.
     """
 
     step: int = 0
@@ -64,13 +65,17 @@ class State:
     best: float = math.inf
     least: float = math.inf
     best_at: int = 0
+    judged: Judged = "perplexity"
+
+    def told(self, loss: float) -> str:
+        """A loss for people."""
+        return f"{math.exp(min(loss, 700.0)):.2f}" if self.judged == "perplexity" else f"{loss:.4f}"
 
     def __str__(self) -> str:
-        before, after = (math.exp(min(loss, 700.0)) for loss in (self.first, self.best))
         best = "" if self.best_at == self.step else f", the best after step {self.best_at}"
         return (
             f"{self.step} steps, {self.tokens} tokens, {self.seconds / 60:.1f} minutes{best}:"
-            f" perplexity {before:.2f} -> {after:.2f} on the text set aside"
+            f" {self.judged} {self.told(self.first)} -> {self.told(self.best)} on the text set aside"
         )
 
     def fraction(self, pace: Pace) -> float:
@@ -104,7 +109,7 @@ def train(
     if state.step:
         say(f"going on from step {state.step}", quiet=quiet)
     else:
-        state = _look_on(student, aside, state, pace, saved, trained, quiet=True)
+        state = _look_on(student, aside, replace(state, judged=student.judged), pace, saved, trained, quiet=True)
     last_saved = state.seconds
     with gauge("training", quiet=quiet) as show:
         while (used := state.fraction(pace)) < 1 and state.waited < pace.patience:
@@ -137,9 +142,13 @@ def _check_loss(loss: float, state: State, saved: SavedTraining) -> None:
 
 def _no_gain(state: State) -> str:
     """What a training that gained nothing comes to."""
-    before, after = (f"{math.exp(min(loss, 700.0)):.6g}" for loss in (state.first, state.least))
+    before, after = (
+        f"{math.exp(min(loss, 700.0)) if state.judged == 'perplexity' else loss:.6g}"
+        for loss in (state.first, state.least)
+    )
     best = f"at best {after}" if math.isfinite(state.least) else f"{state.step} steps are too few to tell"
-    return f"training did not lower the perplexity of the text set aside ({before}, {best}): nothing is written"
+    what = "perplexity of" if state.judged == "perplexity" else f"{state.judged} on"
+    return f"training did not lower the {what} the text set aside ({before}, {best}): nothing is written"
 
 
 def _rate(used: float) -> float:
@@ -234,9 +243,8 @@ def _look_on(
         state = replace(state, best=loss, best_at=state.step, waited=0)
     else:
         state = replace(state, waited=state.waited + 1)
-    before, now = (math.exp(min(each, 700.0)) for each in (state.first, loss))
-    aloud = f"{min(used, 1):.0%} of the budget: perplexity {now:.2f} on the text set aside, {before:.2f} at first"
-    say(aloud, quiet=quiet)
+    now, before = state.told(loss), state.told(state.first)
+    say(f"{min(used, 1):.0%} of the budget: {state.judged} {now} on the text set aside, {before} at first", quiet=quiet)
     least = min(state.least, loss) if state.step else state.least
     seconds = state.seconds + _agree(time.monotonic() - began)
     return replace(state, looks=int(used * LOOKS), least=least, seconds=seconds)

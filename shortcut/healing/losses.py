@@ -1,4 +1,4 @@
-"""What training a shortened model minimises: the loss of its next tokens, or the distance from what the base predicts.
+"""What training a shortened model minimises: the loss of its next tokens, or the distance from what the base gives.
 
 Logits are large: those of a few rows are made, give their share of the loss and of its gradient, and go again.
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,10 +17,12 @@ from shortcut.healing.saved import write_whole
 from shortcut.live.batch import Batch
 from shortcut.live.blocks import run_model
 from shortcut.live.decoder import LOGITS_AT_ONCE, Decoder
+from shortcut.live.outcomes import are_logs, masked, outcome
 from shortcut.records.plan import Plan
 
 # The loss of some rows, summed, given their log probabilities, (rows, vocabulary), and which of all rows they are.
 Price = Callable[[Tensor, slice], Tensor]
+Judged = Literal["perplexity", "distance from the base"]
 
 
 def final_states(decoder: Decoder, batch: Batch) -> Tensor:
@@ -96,6 +99,14 @@ class Teacher:
         states = self.decoder.states(batch)
         return self._price(states[-1], batch), [states[block] for block in cuts(self.plan)]
 
+    @torch.no_grad()
+    def outcome_and_aims(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """What a teacher gives that does not predict the next token, as `outcome` has it, and its states as above."""
+        if not self.match:
+            return outcome(self.decoder, batch, final_states(self.decoder, batch)), []
+        states = self.decoder.states(batch)
+        return outcome(self.decoder, batch, states[-1]), [states[block] for block in cuts(self.plan)]
+
     def _price(self, states: Tensor, batch: Batch) -> Price:
         rows = states[:, :-1][batch.predicted]
 
@@ -140,6 +151,12 @@ class Notes:
         return lambda logs, chunk: divergence_of_few(values[chunk], ids[chunk].long(), logs, self.temperature)
 
 
+def distances(base: Tensor, own: Tensor, *, logs: bool) -> Tensor:
+    """How far rows of `outcome` are from the base's: KL(base ‖ own) of log probabilities, the square of the distance
+    between embeddings of length 1, or between numbers: (rows,)."""
+    return (base.exp() * (base - own)).sum(-1) if logs else (base - own).square().sum(-1)
+
+
 def cuts(plan: Plan) -> tuple[int, ...]:
     """The places behind every span that was deleted and every block that lost a half: the number of the next block."""
     depth = len(plan.actions)
@@ -150,15 +167,23 @@ def cuts(plan: Plan) -> tuple[int, ...]:
 class Student(nn.Module):
     """A shortened model with what it is trained by; called with sequences, it gives the loss.
 
-    teacher: None for the loss of next tokens. recompute: less memory for more time; bf16: products in bfloat16.
+    teacher: None for the loss of next tokens. recompute: less memory for more time; bf16: products in bfloat16; mask:
+    the token that hides others, of a model that predicts these. judged: what looks at text set aside measure.
     """
 
     def __init__(
-        self, decoder: Decoder, teacher: Teacher | Notes | None, *, recompute: bool = False, bf16: bool = False
+        self,
+        decoder: Decoder,
+        teacher: Teacher | Notes | None,
+        *,
+        recompute: bool = False,
+        bf16: bool = False,
+        mask: int | None = None,
     ) -> None:
         super().__init__()
         self.model, self.decoder, self.teacher, self.recompute = decoder.model, decoder, teacher, recompute
-        self.bf16 = bf16
+        self.bf16, self.mask = bf16, mask
+        self.judged: Judged = "perplexity" if decoder.predicts else "distance from the base"
 
     def train(self, mode: bool = True) -> "Student":
         """Dropout of low-rank changes goes on or off; the model's own stays off."""
@@ -171,15 +196,18 @@ class Student(nn.Module):
     def forward(self, places: Sequence[int], batch: Batch) -> Tensor:
         """The mean loss over the predicted tokens. places: which sequences of the material they are."""
         with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.bf16):
-            return self._loss(places, batch)
+            return self._loss(places, batch) if self.decoder.predicts else self._distance(batch)
 
     @torch.no_grad()
     def look(self, batches: Sequence[Batch]) -> float:
-        """The mean loss of next tokens, whatever it is trained by."""
+        """The mean loss of next tokens, whatever it is trained by; or how far it is from the base."""
         self.eval()
         total, count = 0.0, 0
         for batch in batches:
             with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.bf16):
+                if not self.decoder.predicts:
+                    total, count = total + self._distance(batch).item() * len(batch.ids), count + len(batch.ids)
+                    continue
                 rows = final_states(self.decoder, batch)[:, :-1][batch.predicted]
                 total += mean_over_rows(self.decoder, rows, next_tokens(batch)).item() * len(rows)
             count += len(rows)
@@ -198,10 +226,28 @@ class Student(nn.Module):
             states = self.decoder.states(batch, recompute=self.recompute)
         rows = states[-1][:, :-1][batch.predicted]
         if isinstance(teacher, Teacher) and aims:
-            own = [states[_number_in_short(teacher.plan, block)] for block in cuts(teacher.plan)]
-            apart = [_distance(*pair, batch.mask) for pair in zip(own, aims, strict=True)]
-            extra = teacher.match * torch.stack(apart).mean()
+            extra = self._mismatch(teacher, states, aims, batch)
         return mean_over_rows(self.decoder, rows, price) + extra.to(rows.device)
+
+    def _distance(self, batch: Batch) -> Tensor:
+        """How far what it gives is from what its teacher does, where that is not the next token."""
+        teacher, batch = self.teacher, batch if self.mask is None else masked(batch, self.mask)
+        assert isinstance(teacher, Teacher)
+        base, aims = teacher.outcome_and_aims(batch)
+        if self.decoder.fault is not None:
+            states = [final_states(self.decoder, batch)]
+        else:
+            states = self.decoder.states(batch, recompute=self.recompute)
+        loss = distances(base, outcome(self.decoder, batch, states[-1]), logs=are_logs(self.decoder, base)).mean()
+        return loss + self._mismatch(teacher, states, aims, batch) if aims and self.training else loss
+
+    @staticmethod
+    def _mismatch(teacher: Teacher, states: Sequence[Tensor], aims: Sequence[Tensor], batch: Batch) -> Tensor:
+        """How far states behind every cut are from the teacher's, times its weight."""
+        own = [states[_number_in_short(teacher.plan, block)] for block in cuts(teacher.plan)]
+        return (
+            teacher.match * torch.stack([_distance(*pair, batch.mask) for pair in zip(own, aims, strict=True)]).mean()
+        )
 
 
 def _number_in_short(plan: Plan, block: int) -> int:

@@ -13,6 +13,7 @@ from shortcut.checkpoint.stage import RECORD
 from shortcut.common.errors import ShortcutError
 from shortcut.common.processes import add_up, share
 from shortcut.common.progress import say, track
+from shortcut.family.tasks import find_task
 from shortcut.options.groups import Running
 from shortcut.options.healing import Own, TrainingInDetail
 from shortcut.records.plan import Plan
@@ -126,7 +127,10 @@ def train_checkpoint(
     cut, quiet = patient.cut, patient.how.quiet
     if isinstance(material, Pictures):
         material = material.with_answers()
-    own = count_own(material, tuning.own)
+    writes = find_task(patient.cut.config).gives == "next tokens"
+    if tuning.own and not writes:
+        raise ShortcutError("--own is text that the base writes, and this one writes none")
+    own = count_own(material, tuning.own) if writes else 0
     _set_aside(with_text(material, [()] * own))  # of as many, to see whether it can be done
     tuning, dtype = _pick_arithmetic(tuning, patient)
     decoder, adapter = _adapt(patient, tuning, material, changed, dtype)
@@ -143,7 +147,8 @@ def train_checkpoint(
     rest, aside = _set_aside(both)
     teacher = _teach(base, patient, tuning, rest, saved) if tuning.distill else None
     base.cache_clear()  # where it teaches, the teacher has it
-    student = Student(decoder, teacher, recompute=tuning.gradient_checkpointing, bf16=tuning.bf16)
+    recompute, mask = tuning.gradient_checkpointing, _mask_of(decoder, patient)
+    student = Student(decoder, teacher, recompute=recompute, bf16=tuning.bf16, mask=mask)
     say(f"training on {rest.tokens} tokens, with {aside.tokens} others set aside", quiet=quiet)
     batches = aside.batches(tuning.batch_size, decoder.model.device)
     state = train(student, adapter.trained, rest, batches, tuning.pace(rest), saved, quiet=quiet)
@@ -153,6 +158,16 @@ def train_checkpoint(
     source = f", also on {own} sequences that the base wrote" if own else ""
     line = f"{tuning.method}{source}: {state}"
     return Healing(weights, record, (line,), adapter if tuning.keep_adapter else None, saved)
+
+
+def _mask_of(decoder: "Decoder", patient: Patient) -> int | None:
+    """The token that hides others, of a model that predicts these. Raises ShortcutError where there is none."""
+    from shortcut.live.load import load_tokenizer
+    from shortcut.live.outcomes import check_mask
+
+    if decoder.gives != "masked tokens":
+        return None
+    return check_mask(load_tokenizer(patient.cut.folder, trust_remote_code=patient.how.trust_remote_code).mask_token_id)
 
 
 def _adapt(
@@ -222,6 +237,8 @@ def _teach(
 
     live = base()
     decoder = Decoder.of(live)
+    if tuning.top_k and not decoder.predicts:
+        raise ShortcutError("--top-k is for models that predict the next token")
     if not tuning.top_k:
         return Teacher(decoder, patient.plan, tuning.temperature, tuning.match)
     folder, count = saved.folder / "teacher", len(material.sequences)

@@ -16,10 +16,15 @@ from shortcut.live.decoder import Decoder
 FIRST, STEP = 3, 7  # the tokens that are masked
 
 
-def masked(batch: Batch, mask_id: int | None) -> Batch:
-    """A batch with some of its tokens masked. Raises ShortcutError where there is no token for that."""
+def check_mask(mask_id: int | None) -> int:
+    """The token that hides others. Raises ShortcutError where a tokenizer has none."""
     if mask_id is None:
         raise ShortcutError("the model predicts masked tokens, and its tokenizer has no mask token")
+    return mask_id
+
+
+def masked(batch: Batch, mask_id: int) -> Batch:
+    """A batch with some of its tokens masked."""
     places = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     hidden = batch.mask & (places % STEP == FIRST)
     return replace(batch, ids=batch.ids.masked_fill(hidden, mask_id), hidden=batch.ids.masked_fill(~hidden, -1))

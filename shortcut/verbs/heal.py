@@ -11,7 +11,7 @@ from shortcut.checkpoint.open import open_base, open_folder, read_record
 from shortcut.checkpoint.stage import RECORD, check_target, staged
 from shortcut.common.errors import ShortcutError
 from shortcut.common.processes import are_several, is_writer, writer_first
-from shortcut.family.tasks import check_writes
+from shortcut.family.tasks import check_writes, find_task
 from shortcut.healing.fit import Fitting, fit, write_healed
 from shortcut.healing.training import Healing, Patient, Tuning, train_checkpoint
 from shortcut.material.take import take_text, take_unseen
@@ -102,9 +102,10 @@ def heal_checkpoint(asked: HealOptions) -> "HealReport":
     return report
 
 
-def check_heals(checkpoint: Checkpoint) -> None:
-    """Raise ShortcutError for a model that is not a decoder alone."""
-    check_writes(checkpoint.config, "healing")
+def check_heals(checkpoint: Checkpoint, methods: Sequence[Method]) -> None:
+    """Raise ShortcutError for a model that is no single stack, and for what only one that writes can be healed by."""
+    if tuple(methods) != ("distill",):
+        check_writes(checkpoint.config, f"healing by {methods[0]}")
     if checkpoint.config.get("is_encoder_decoder") or checkpoint.stack != "decoder":
         raise ShortcutError("healing is for decoders that stand alone: train this model as you trained its base")
 
@@ -164,7 +165,7 @@ def _admit(asked: HealOptions, methods: Sequence[Method]) -> Patient:
         raise ShortcutError(f"no folder {folder}")
     pick_dtype(asked.dtype, pick_device(asked.device))
     cut, plan = open_folder(folder, quiet=asked.quiet), read_record(folder)
-    check_heals(cut)
+    check_heals(cut, methods)
     if plan is None or not plan.changes:
         raise ShortcutError(f"{folder} has no record ({RECORD}) of what went: there is nothing to heal")
     if methods[0] in FITTED and read_healed(folder):
@@ -202,7 +203,8 @@ def _report(
     from shortcut.publish.heal_report import HealReport
 
     cut, base, how = patient.cut, patient.base, patient.how
-    before = check_checkpoint(cut, None, unseen, how)
+    writes = find_task(base.config).gives == "next tokens"  # what does not is measured by how far it gives the same
+    before = check_checkpoint(cut, None if writes else (base, patient.plan), unseen, how)
     check = check_checkpoint(healed, (base, patient.plan), unseen, how, samples=True)
     folders = {"base": base.folder, "cut": cut.folder, "healed": healed.folder}
     return HealReport(

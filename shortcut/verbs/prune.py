@@ -139,7 +139,7 @@ def prune_checkpoint(asked: PruneOptions, *, methods: Sequence[Method] = (), own
     request = _read_request(asked, base, refitted="refit" in methods, own=own)
     check_metrics(request.metrics if request.needs_model else (), base)
     if methods:
-        check_heals(base)
+        check_heals(base, methods)
     if request.is_open or request.healed:
         check_writes(base.config, "choosing by perplexity")
     images = "freeze-visual" in (*(request.wanted.moves or {}).values(), *request.wanted.allow)
