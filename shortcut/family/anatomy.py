@@ -8,7 +8,7 @@ names of a live model.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, starmap
 from typing import Any, Literal
 
@@ -87,11 +87,22 @@ def find_anatomy(names: Iterable[str], config: Mapping[str, Any], stack: Stack =
     stack: which one of several; a model that has only one is found as "decoder", whatever it is. Raises ShortcutError,
     saying what was found, where no container or more than one agrees with the config.
     """
-    path, part = stack_config(config, stack)
     numbers = _numbers(names)
-    text = {prefix: found for prefix, found in numbers.items() if not _NOT_TEXT.search(prefix)}
-    alone = not any(_part(config, other)[0] for other in STACKS)
-    numbers = _of_stack(numbers, stack) if stack != "decoder" else text or (numbers if alone else {})
+    try:
+        return _find_container(_of_stack(numbers, stack), *stack_config(config, stack), stack)
+    except ShortcutError:
+        decodes = any(not _ENCODER.search(prefix) for prefix in _of_stack(numbers, "decoder"))
+        if stack != "decoder" or decodes or any(COMPILED in prefix for prefix in numbers):
+            raise
+        for other in STACKS[1:]:  # of an encoder without its decoder, or of one tower, the weights may be all there is
+            if known := _of_stack(numbers, other):
+                return replace(_find_container(known, *_part(config, other), other), stack="decoder")
+        raise
+
+
+def _find_container(
+    numbers: Mapping[str, set[int]], path: tuple[str, ...], part: Mapping[str, Any], stack: Stack
+) -> Anatomy:
     counts = {prefix: len(found) for prefix, found in numbers.items() if max(found) + 1 == len(found)}
     fields = depth_fields(part, stack)
     if not fields:
@@ -129,11 +140,12 @@ def other_stacks(names: Iterable[str], config: Mapping[str, Any], stack: Stack) 
 
 
 def _of_stack(numbers: Mapping[str, set[int]], stack: Stack) -> dict[str, set[int]]:
-    """Those prefixes that are of a stack other than the decoder."""
-    if stack == "encoder":
-        return {p: found for p, found in numbers.items() if _ENCODER.search(p) and not _NOT_TEXT.search(p)}
-    pattern = _VISION if stack == "vision" else _AUDIO
-    return {prefix: found for prefix, found in numbers.items() if pattern.search(prefix)}
+    """Those prefixes that may be of a stack."""
+    patterns = {"vision": _VISION, "audio": _AUDIO, "encoder": _ENCODER}
+    if stack in ("vision", "audio"):
+        return {prefix: found for prefix, found in numbers.items() if patterns[stack].search(prefix)}
+    text = {prefix: found for prefix, found in numbers.items() if not _NOT_TEXT.search(prefix)}
+    return text if stack == "decoder" else {prefix: found for prefix, found in text.items() if _ENCODER.search(prefix)}
 
 
 def _numbers(names: Iterable[str]) -> dict[str, set[int]]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from shortcut.healing.loop import Pace
     from shortcut.healing.lora import Adapter
-    from shortcut.healing.losses import Notes, Teacher
+    from shortcut.healing.losses import Notes, Student, Teacher
     from shortcut.healing.saved import SavedTraining
     from shortcut.healing.saved_fit import SavedFit
     from shortcut.live.decoder import Decoder
@@ -118,8 +118,7 @@ def train_checkpoint(
     """
     from shortcut.healing.changes import check_changes, read_tensor
     from shortcut.healing.loop import train
-    from shortcut.healing.losses import Student
-    from shortcut.healing.own_text import count_own, with_own_text, with_text
+    from shortcut.healing.own_text import with_own_text, with_text
     from shortcut.healing.saved import SavedTraining
     from shortcut.live.load import load_model
     from shortcut.material.pictures import Pictures
@@ -127,10 +126,7 @@ def train_checkpoint(
     cut, quiet = patient.cut, patient.how.quiet
     if isinstance(material, Pictures):
         material = material.with_answers()
-    writes = find_task(patient.cut.config).gives == "next tokens"
-    if tuning.own and not writes:
-        raise ShortcutError("--own is text that the base writes, and this one writes none")
-    own = count_own(material, tuning.own) if writes else 0
+    own = _count_own(patient, material, tuning)
     _set_aside(with_text(material, [()] * own))  # of as many, to see whether it can be done
     tuning, dtype = _pick_arithmetic(tuning, patient)
     decoder, adapter = _adapt(patient, tuning, material, changed, dtype)
@@ -147,8 +143,7 @@ def train_checkpoint(
     rest, aside = _set_aside(both)
     teacher = _teach(base, patient, tuning, rest, saved) if tuning.distill else None
     base.cache_clear()  # where it teaches, the teacher has it
-    recompute, mask = tuning.gradient_checkpointing, _mask_of(decoder, patient)
-    student = Student(decoder, teacher, recompute=recompute, bf16=tuning.bf16, mask=mask)
+    student = _student(patient, tuning, decoder, teacher)
     say(f"training on {rest.tokens} tokens, with {aside.tokens} others set aside", quiet=quiet)
     batches = aside.batches(tuning.batch_size, decoder.model.device)
     state = train(student, adapter.trained, rest, batches, tuning.pace(rest), saved, quiet=quiet)
@@ -160,14 +155,28 @@ def train_checkpoint(
     return Healing(weights, record, (line,), adapter if tuning.keep_adapter else None, saved)
 
 
-def _mask_of(decoder: "Decoder", patient: Patient) -> int | None:
-    """The token that hides others, of a model that predicts these. Raises ShortcutError where there is none."""
+def _count_own(patient: Patient, material: "Material", tuning: Tuning) -> int:
+    """How many sequences the base writes: none where it does not predict the next token. Raises as `count_own` does."""
+    from shortcut.healing.own_text import count_own
+
+    if find_task(patient.cut.config).gives == "next tokens":
+        return count_own(material, tuning.own)
+    if tuning.own:
+        raise ShortcutError("--own is text that the base writes, and this one writes none")
+    return 0
+
+
+def _student(patient: Patient, tuning: Tuning, decoder: "Decoder", teacher: "Teacher | Notes | None") -> "Student":
+    """The shortened model as it is trained. Raises ShortcutError where it predicts masked tokens, and masks none."""
+    from shortcut.healing.losses import Student
     from shortcut.live.load import load_tokenizer
     from shortcut.live.outcomes import check_mask
 
-    if decoder.gives != "masked tokens":
-        return None
-    return check_mask(load_tokenizer(patient.cut.folder, trust_remote_code=patient.how.trust_remote_code).mask_token_id)
+    mask = None
+    if decoder.gives == "masked tokens":
+        tokenizer = load_tokenizer(patient.cut.folder, trust_remote_code=patient.how.trust_remote_code)
+        mask = check_mask(tokenizer.mask_token_id)
+    return Student(decoder, teacher, recompute=tuning.gradient_checkpointing, bf16=tuning.bf16, mask=mask)
 
 
 def _adapt(

@@ -40,33 +40,25 @@ def make_scores(
     from shortcut.scoring.greedy import remove_greedily
     from shortcut.scoring.partial_sums import Partials
 
-    device = device_of(live)
+    device, scaled = device_of(live), removal is not None and removal.scaled
     settings: dict[str, Any] = {"device": str(device), "dtype": str(live.dtype).removeprefix("torch.")}
-    settings |= {"batch_size": how.batch_size, "average": metrics[0].average}
-    settings |= {"scaled": True} if removal and removal.scaled else {}
+    settings |= {"batch_size": how.batch_size, "average": metrics[0].average, **({"scaled": True} if scaled else {})}
     partials = Partials({**settings, **identify(checkpoint), "calibration": calibration.hash, "part": own_part()})
-    given = calibration.batches(how.batch_size, device)
-    decoder, sizes = Decoder.of(live, checkpoint.stack, given[0]), checkpoint.block_parameters
-    batches = [decoder.seen(batch) for batch in given]
-    _check(decoder, checkpoint.name, batches[0], scaled=removal is not None and removal.scaled, quiet=how.quiet)
+    taken = calibration.batches(how.batch_size, device)
+    decoder, sizes = Decoder.of(live, checkpoint.stack, taken[0]), checkpoint.block_parameters
+    batches = [decoder.seen(batch) for batch in taken]
+    _check(decoder, checkpoint.name, batches[0], scaled=scaled, quiet=how.quiet)
     hidden = _hide(decoder, checkpoint, batches)  # what metrics of predictions are about
     found = _score_all(decoder, batches, hidden, metrics, allow, partials, quiet=how.quiet)
     halves: Measured = {action: scores for action, scores in found.items() if action != "drop"}
     goes: dict[Action, tuple[int, ...]] = {action: _sizes(decoder, action, sizes) for action in halves}
-    whole, taken = found.get("drop", {}), calibration.record()
-    scores = Scores(checkpoint.base, checkpoint.parameters, sizes, whole, taken, settings, {}, halves, goes)
+    whole, record = found.get("drop", {}), calibration.record()
+    scores = Scores(checkpoint.base, checkpoint.parameters, sizes, whole, record, settings, {}, halves, goes)
     if removal is not None:
-        moves = remove_greedily(
-            decoder,
-            hidden if metrics[0].needs == "logits" else batches,
-            metrics[0],
-            removal,
-            allow=allow,
-            weights=scores.size,
-            partials=partials,
-            quiet=how.quiet,
-        )
-        scores = replace(scores, orders={metrics[0].name: tuple(move for move, _ in moves)})
+        name, given = metrics[0].name, hidden if metrics[0].needs == "logits" else batches
+        how_far: Any = {"allow": allow, "weights": scores.size, "partials": partials, "quiet": how.quiet}
+        moves = remove_greedily(decoder, given, metrics[0], removal, **how_far)
+        scores = replace(scores, orders={name: tuple(move for move, _ in moves)})
     partials.forget()
     return scores
 

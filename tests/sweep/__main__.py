@@ -1,9 +1,9 @@
 """python -m tests.sweep [model_type ...]: is cutting the files of a checkpoint the same as bypassing its blocks?
 
-For every family and kind of model, and for three sets of blocks, the cut checkpoint has to load whole and give the
-logits and the greedy continuation, with and without a cache, of the base with these blocks bypassed by hooks. Prints
-a line of JSON for every pair, then a summary. With --out the lines are appended to a file, and pairs that it holds
-are not run again.
+For every family and kind of model, and for three sets of blocks, the cut checkpoint has to load whole and give what
+the base gives with these blocks bypassed by hooks; of models that write also the greedy continuation, with and without
+a cache. Prints a line of JSON for every pair, then a summary. With --out the lines are appended to a file, and pairs
+that it holds are not run again.
 """
 
 import os
@@ -32,10 +32,12 @@ from torch import Tensor, nn
 
 import shortcut
 from shortcut.common.errors import ShortcutError
+from shortcut.common.stacks import Stack
 from shortcut.live.blocks import find_blocks
 from tests.sweep.tiny import (
     DEPTH,
     FIRST_SPECIAL,
+    KINDS,
     SKIPPED,
     VOCABULARY,
     Fields,
@@ -48,7 +50,8 @@ from tests.sweep.tiny import (
 SETS = ("1,3", "0,4", "5")
 SECONDS = 120
 TOLERANCE = 1e-4  # of the largest logit, as sums of experts may be reordered
-SENSITIVITY = 0.05  # what every block has to change the logits by, or a wrong one could pass
+SENSITIVITY = 0.05  # what every block has to change of what the model gives, or a wrong one could pass
+GAINS = (None, 0.1, 1.0)  # the spread of weights that is tried, first that which the family is known to need
 NEW_TOKENS = 6
 SEVERITY = ("exact", "refused", "error", "different")  # a pair is as good as its worst set
 
@@ -65,10 +68,12 @@ def main() -> None:
     """Run the pairs that were asked for, one after the other, each in a process of its own."""
     parser = argparse.ArgumentParser(prog="python -m tests.sweep", description=__doc__)
     parser.add_argument("model_type", nargs="*", help="families; all without any")
+    parser.add_argument("--kind", action="append", help="kinds of models; all without any")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here; pairs already there are left out")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="time limit for a pair")
     options = parser.parse_args()
     pairs = [pair for pair in model_types() if not options.model_type or pair[0] in options.model_type]
+    pairs = [pair for pair in pairs if not options.kind or pair[1] in options.kind]
     records = []
     for model_type, kind in pairs:
         known = {(record["model_type"], record["kind"]): record for record in read_records(options.out)}
@@ -144,47 +149,56 @@ def describe(error: BaseException) -> str:
 
 
 def compare_pair(model_type: str, kind: Kind, folder: Path) -> Record:
+    """As `compare`, with weights of another spread where a block changes too little of what the model gives."""
+    for number, gain in enumerate(GAINS):
+        record = compare(model_type, kind, folder / str(number), gain)
+        if record.get("sensitivity") is None or record["sensitivity"] > SENSITIVITY:
+            return record
+    why = f"a block changes what the model gives by no more than {record['sensitivity']:.2g}"
+    return {**record, "result": "error", "why": why}
+
+
+def compare(model_type: str, kind: Kind, folder: Path, gain: float | None) -> Record:
     """Build, save, cut, reload and compare one family; what is returned goes into its record."""
-    model = tiny_model(model_type, kind)
+    model = tiny_model(model_type, kind, gain=gain)
     inputs = tiny_inputs(model, kind)
     model.save_pretrained(folder / "base")
-    by_set = {drop: cut_files(folder / "base", folder / drop, drop) for drop in SETS}
+    stack = KINDS[kind][2]
+    by_set = {drop: cut_files(folder / "base", folder / drop, drop, stack) for drop in SETS}
     if all(outcome["result"] != "cut" for outcome in by_set.values()):
         return conclude(by_set)
     del model
     base, keys = load(folder / "base", kind)
     if keys is not None:
         return {"result": "error", "by_set": by_set, "why": f"the base itself does not load whole: {keys}"}
-    blocks = blocks_of(base, model_type)
+    blocks = blocks_of(base, model_type, kind)
     notes: Record = {}
     try:
-        found = find_blocks(base)
+        found = find_blocks(base, stack)
     except ShortcutError as error:
         notes["find_blocks"] = str(error)
     else:
         if list(found) != list(blocks):
             notes["find_blocks"] = "it takes another list of modules for the blocks"
     carried = CARRIED.get(model_type, ())
-    whole = logits(base, inputs)
+    whole = logits(base, inputs, stack)
     changes = []
-    for block in range(DEPTH):
+    for block in range(len(blocks)):
         with bypassed(blocks, [block], carried):
-            changes.append((logits(base, inputs) - whole).abs().max().item())
-    notes["sensitivity"] = min(changes)
+            changes.append((logits(base, inputs, stack) - whole).abs().max().item())
+    notes["sensitivity"] = min(changes) / min(1.0, whole.abs().max().item())
     plain = generated(base, inputs)
     for drop, outcome in by_set.items():
         if outcome["result"] == "cut":
             with bypassed(blocks, map(int, drop.split(",")), carried):
-                expected = logits(base, inputs)
+                expected = logits(base, inputs, stack)
                 continued = generated(base, inputs)
             outcome |= compare_cut(folder / drop, kind, inputs, expected, continued)
-    notes["generate"] = "as without a cache" if plain["cache"] == plain["no cache"] else "not as without a cache"
-    if isinstance(plain["cache"], str):
-        notes["generate"] = plain["cache"]
-    concluded = conclude(by_set)
-    if not notes["sensitivity"] > SENSITIVITY:
-        concluded |= {"result": "error", "why": f"a block changes the logits by no more than {min(changes):.2g}"}
-    return {**concluded, **notes}
+    if plain:
+        notes["generate"] = "as without a cache" if plain["cache"] == plain["no cache"] else "not as without a cache"
+        if isinstance(plain["cache"], str):
+            notes["generate"] = plain["cache"]
+    return {**conclude(by_set), **notes}
 
 
 def conclude(by_set: dict[str, Record]) -> Record:
@@ -199,10 +213,10 @@ def conclude(by_set: dict[str, Record]) -> Record:
     }
 
 
-def cut_files(base: Path, out: Path, drop: str) -> Record:
+def cut_files(base: Path, out: Path, drop: str, stack: Stack) -> Record:
     """Cut a checkpoint; the result is "cut" where that worked."""
     try:
-        shortcut.cut(base, out, drop=drop, quiet=True)
+        shortcut.cut(base, out, drop=drop, stack=stack, quiet=True)
     except ShortcutError as error:
         return {"result": "refused", "why": str(error)}
     except Exception as error:  # noqa: BLE001 - a defect, which is what the sweep looks for
@@ -214,7 +228,7 @@ def compare_cut(folder: Path, kind: Kind, inputs: Fields, expected: Tensor, cont
     """Load a cut checkpoint and compare it with what the base gives with its blocks bypassed."""
     try:
         short, wrong = load(folder, kind)
-        actual = logits(short, inputs)
+        actual = logits(short, inputs, KINDS[kind][2])
     except Exception as error:  # noqa: BLE001 - a checkpoint that nothing can load or run is a result
         return {"result": "error", "why": f"cut model: {describe(error)}"}
     difference = (actual - expected).abs().max().item()
@@ -233,7 +247,7 @@ def compare_cut(folder: Path, kind: Kind, inputs: Fields, expected: Tensor, cont
 
 def load(folder: Path, kind: Kind) -> tuple[Any, str | None]:
     """A model from its files with plain from_pretrained, and what was wrong with its keys."""
-    auto = transformers.AutoModelForCausalLM if kind == "causal" else transformers.AutoModelForImageTextToText
+    auto = getattr(transformers, KINDS[kind][0])
     options = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
     try:
         model, info = auto.from_pretrained(folder, attn_implementation="eager", **options)
@@ -244,18 +258,16 @@ def load(folder: Path, kind: Kind) -> tuple[Any, str | None]:
     return model.eval(), f"{wrong}, such as {first}" if wrong else None
 
 
-def blocks_of(model: Any, model_type: str) -> nn.ModuleList:
-    """The list of decoder blocks, found without shortcut: no other list of modules is as long."""
+def blocks_of(model: Any, model_type: str, kind: Kind) -> nn.ModuleList:
+    """The list of blocks, found without shortcut: no other list of modules is as long."""
     if model_type in CONTAINERS:
         return model.get_submodule(CONTAINERS[model_type])
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == DEPTH
-    }
-    if len(lists) != 1:
-        raise LookupError(f"{len(lists)} lists of {DEPTH} modules: {', '.join(lists)}")
-    return next(iter(lists.values()))
+    lists: list[nn.ModuleList] = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    depths = (DEPTH + 1, DEPTH) if KINDS[kind][2] == "encoder" else (DEPTH, DEPTH + 1)  # encoders are deeper
+    deep = next(found for depth in depths if (found := [each for each in lists if len(each) == depth]))
+    if len(deep) != 1:
+        raise LookupError(f"{len(deep)} lists of {len(deep[0])} modules")
+    return deep[0]
 
 
 @contextmanager
@@ -279,15 +291,20 @@ def bypassed(blocks: nn.ModuleList, dropped: Iterable[int], carried: tuple[str, 
 
 
 @torch.no_grad()
-def logits(model: Any, inputs: Fields) -> Tensor:
-    """Logits without a cache: (batch, tokens, vocabulary)."""
+def logits(model: Any, inputs: Fields, stack: Stack) -> Tensor:
+    """What a model gives, without a cache: logits, the last states, or the embeddings of one of two towers."""
     torch.manual_seed(3)  # some forwards are random
-    return model(**inputs, use_cache=False).logits
+    cache = {"use_cache": False} if model.can_generate() else {}
+    found = model(**inputs, **cache)
+    names = ("logits", "last_hidden_state", "image_embeds" if stack == "vision" else "text_embeds")
+    return next(found[name] for name in names if found.get(name) is not None)
 
 
 @torch.no_grad()
 def generated(model: Any, inputs: Fields) -> dict[str, Any]:
-    """Greedy continuations with and without a cache; instead of each, what was raised."""
+    """Greedy continuations with and without a cache, where the model writes; instead of each, what was raised."""
+    if not model.can_generate():
+        return {}
 
     def attempt(run: Callable[[], Tensor]) -> Any:
         try:

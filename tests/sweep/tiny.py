@@ -1,4 +1,4 @@
-"""A tiny random model of every family that transformers knows as a causal or an image-text model.
+"""A tiny random model of every family and task of transformers that has blocks.
 
 A config starts from the defaults of its class. Every size is made small by the NAME of its field, the decoder gets the
 depth asked for and all other towers another one, and lists with one entry per block get both kinds of entry where the
@@ -15,14 +15,49 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+import transformers
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
-Kind = Literal["causal", "image-text"]
+from shortcut.common.stacks import Stack
+
+Kind = Literal[
+    "causal",
+    "image-text",
+    "masked",
+    "sequence",
+    "tokens",
+    "bare",
+    "seq2seq",
+    "seq2seq encoder",
+    "speech",
+    "speech encoder",
+    "ctc",
+    "sounds",
+    "images",
+    "image-text towers",
+    "image-text towers vision",
+]
+# By kind, the auto class, the table of transformers that names its families, and the stack that is cut.
+KINDS: dict[Kind, tuple[str, str, Stack]] = {
+    "causal": ("AutoModelForCausalLM", "CAUSAL_LM", "decoder"),
+    "image-text": ("AutoModelForImageTextToText", "IMAGE_TEXT_TO_TEXT", "decoder"),
+    "masked": ("AutoModelForMaskedLM", "MASKED_LM", "decoder"),
+    "sequence": ("AutoModelForSequenceClassification", "SEQUENCE_CLASSIFICATION", "decoder"),
+    "tokens": ("AutoModelForTokenClassification", "TOKEN_CLASSIFICATION", "decoder"),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "SEQ_TO_SEQ_CAUSAL_LM", "decoder"),
+    "seq2seq encoder": ("AutoModelForSeq2SeqLM", "SEQ_TO_SEQ_CAUSAL_LM", "encoder"),
+    "speech": ("AutoModelForSpeechSeq2Seq", "SPEECH_SEQ_2_SEQ", "decoder"),
+    "speech encoder": ("AutoModelForSpeechSeq2Seq", "SPEECH_SEQ_2_SEQ", "encoder"),
+    "ctc": ("AutoModelForCTC", "CTC", "decoder"),
+    "sounds": ("AutoModelForAudioClassification", "AUDIO_CLASSIFICATION", "decoder"),
+    "images": ("AutoModelForImageClassification", "IMAGE_CLASSIFICATION", "decoder"),
+    "image-text towers": ("AutoModelForZeroShotImageClassification", "ZERO_SHOT_IMAGE_CLASSIFICATION", "decoder"),
+    "image-text towers vision": ("AutoModelForZeroShotImageClassification", "ZERO_SHOT_IMAGE_CLASSIFICATION", "vision"),
+    "bare": ("AutoModel", "", "decoder"),  # of families with masked tokens, images or sounds: encoders
+}
+WRITING: tuple[Kind, ...] = ("causal", "image-text")
 Tower = Literal["decoder", "around", "vision", "other"]  # around: a composite config, which holds the decoder's
 Fields = dict[str, Any]
 
@@ -36,7 +71,10 @@ _DEPTHS = re.compile(
     r"((conf_)?num_hidden|n|num|encoder|num_encoder|resampler)_layers?|num_blocks|layers|(resampler_)?depth"
 )
 _DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers")
-_OTHER_DEPTH = {"vision": 2, "other": 3}
+_TOWER_DEPTHS: dict[Stack, dict[str, int]] = {
+    "decoder": {"vision": 2, "other": 3},
+    "vision": {"decoder": 3, "other": 2},  # where the blocks for images are those that go
+}
 
 _DEPTH_NAMES = (*_DECODER_DEPTHS, "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "layers")
 _TOKENS = re.compile(r"(?<!layer)_ids?$|_token_index$")
@@ -252,16 +290,20 @@ SKIPPED: dict[str, str] = {
 
 
 def model_types() -> list[tuple[str, Kind]]:
-    """Every family with a causal or an image-text model, each with the kind of the model; families may have both."""
-    pairs: list[tuple[str, Kind]] = [(name, "causal") for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
-    pairs += [(name, "image-text") for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
+    """Every family with a model of each kind."""
+    pairs: list[tuple[str, Kind]] = []
+    for kind, (_, table, stack) in KINDS.items():
+        names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES", {})
+        pairs += [(name, kind) for name in names if stack != "encoder" or CONFIG_MAPPING[name]().is_encoder_decoder]
+    encoders = {name for name, kind in pairs if kind in ("masked", "images", "sounds", "ctc")}
+    pairs += [(name, "bare") for name in modeling_auto.MODEL_MAPPING_NAMES if name in encoders]
     return sorted(pairs)
 
 
-def tiny_config(model_type: str, depth: int = DEPTH) -> PreTrainedConfig:
-    """The config of a tiny model of a family, its decoder of this many blocks."""
+def tiny_config(model_type: str, depth: int = DEPTH, stack: Stack = "decoder") -> PreTrainedConfig:
+    """The config of a tiny model of a family, its decoder, or its tower for images, of this many blocks."""
     config_class = CONFIG_MAPPING[model_type]
-    fields = _Maker(depth).fields(config_class, {}, "decoder")
+    fields = _Maker(depth, stack).fields(config_class, {}, "decoder")
     _mix_kinds(fields, config_class(), depth)
     tiny = config_class(**copy.deepcopy(fields))
     for part in _parts(tiny):
@@ -269,19 +311,31 @@ def tiny_config(model_type: str, depth: int = DEPTH) -> PreTrainedConfig:
     return tiny
 
 
-def tiny_model(model_type: str, kind: Kind, depth: int = DEPTH) -> Any:
-    """A random model of a family in float32, whose every block turns its input by a good deal."""
+def tiny_model(model_type: str, kind: Kind, depth: int = DEPTH, gain: float | None = None) -> Any:
+    """A random model of a family in float32, whose every block turns its input by a good deal.
+
+    gain: the spread of its weights, if not the one that the family is known to need.
+    """
     torch.manual_seed(11)
-    config = tiny_config(model_type, depth)
-    auto = AutoModelForCausalLM if kind == "causal" else AutoModelForImageTextToText
+    auto, stack = getattr(transformers, KINDS[kind][0]), KINDS[kind][2]
+    if kind == "images" and "vision_config" in CONFIG_MAPPING[model_type].sub_configs:
+        stack = "vision"  # of two towers the one that sees
+
+    def config() -> PreTrainedConfig:
+        made = tiny_config(model_type, depth, stack)
+        if kind not in WRITING and not made.is_encoder_decoder:
+            made.is_decoder = False
+        made.num_labels, made.decoder_start_token_id = 3, 1
+        return made
+
     try:
-        model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        model = auto.from_config(config(), attn_implementation="eager", dtype=torch.float32)
     except (ValueError, TypeError, KeyError):  # families with an attention of their own
-        model = auto.from_config(tiny_config(model_type, depth), dtype=torch.float32)
+        model = auto.from_config(config(), dtype=torch.float32)
     for name in ("forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens", "suppress_tokens"):
         if model.can_generate():
             setattr(model.generation_config, name, None)
-    return _stir(model.float(), GAINS.get(model_type, 0.3)).eval()
+    return _stir(model.float(), gain or GAINS.get(model_type, 0.3)).eval()
 
 
 @torch.no_grad()
@@ -294,8 +348,8 @@ def _stir(model: Any, gain: float) -> Any:
     return model
 
 
-def tiny_inputs(model: Any, kind: Kind) -> Fields:  # noqa: ARG001
-    """What the forward of a tiny model needs, for two texts of twelve tokens without special ones."""
+def tiny_inputs(model: Any, kind: Kind) -> Fields:
+    """What the forward of a tiny model needs, for two texts of twelve tokens without special ones, images or sounds."""
     generator = torch.Generator().manual_seed(5)
     config = model.config
     wanted = inspect.signature(model.forward).parameters
@@ -303,12 +357,39 @@ def tiny_inputs(model: Any, kind: Kind) -> Fields:  # noqa: ARG001
     for name in ("input_ids", "decoder_input_ids"):
         if name in wanted and (name == "input_ids" or config.is_encoder_decoder):
             inputs[name] = torch.randint(5, FIRST_SPECIAL, (2, 12), generator=generator)
+    if kind == "sequence" and config.is_encoder_decoder:
+        inputs["input_ids"][:, -1] = 2  # what ends a text is what they look at
+        inputs.pop("decoder_input_ids", None)
+    shapes = {} if kind in WRITING else {name: shape for name, shape in _shapes(config).items() if name in wanted}
+    for name, shape in shapes.items():
+        inputs[name] = torch.randn(shape, generator=generator)
     for name, shape in INPUTS.get(config.model_type, {}).items():
         value = torch.rand(shape, generator=generator)
         inputs[name] = value.round().long() + 5 if name.endswith("_ids") else value
         if name.endswith("_mask"):
             inputs[name] = torch.zeros(shape).long()
     return inputs
+
+
+def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of images and sounds, by the name of the argument."""
+
+    parts = (config, *_parts(config))
+
+    def find(*names: str) -> Any:
+        found = (getattr(part, name, None) for name in names for part in parts)
+        return next((value for value in found if value is not None), None)
+
+    side, channels = find("image_size") or 16, find("num_channels") or 3
+    bins = find("num_mel_bins", "input_feat_per_channel")
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    frames = 2 * (find("max_source_positions") or 16)
+    spectrum = (2, find("max_length"), bins) if bins and find("max_length") else (2, 4000)
+    return {
+        "pixel_values": (2, channels, height, width),
+        "input_values": spectrum,
+        "input_features": (2, bins or find("feature_projection_input_dim") or 16, frames),
+    }
 
 
 def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -381,8 +462,10 @@ def _mixed(kinds: list[Any], depth: int) -> list[Any]:
 class _Maker:
     """Makes the fields of one config, its parts included. `ids`: special token ids by field name, one for all parts."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, stack: Stack) -> None:
         self.depth = depth
+        tower = "vision" if stack == "vision" else "decoder"
+        self.depths = {**_TOWER_DEPTHS[tower], tower: depth}
         self.ids: dict[str, int] = {}
 
     def fields(self, config_class: type[PreTrainedConfig], given: Mapping[str, Any], tower: Tower) -> Fields:
@@ -440,12 +523,12 @@ class _Maker:
     def depth_of(self, name: str, tower: Tower, defaults: Mapping[str, Any]) -> int | None:
         """The number of blocks, where a field of this name holds one."""
         if name in _DECODER_DEPTHS:
-            return self.depth if tower == "decoder" else _OTHER_DEPTH[tower]
+            return self.depths[tower]
         if not _DEPTHS.fullmatch(name):
             return None
         if tower == "decoder":  # an encoder beside the decoder is deeper, as caches are made as deep as the encoder
-            return self.depth + any(field in defaults for field in _DECODER_DEPTHS)
-        return _OTHER_DEPTH["vision" if tower == "vision" else "other"]
+            return self.depths["decoder"] + any(field in defaults for field in _DECODER_DEPTHS)
+        return self.depths["vision" if tower == "vision" else "other"]
 
     def token(self, name: str) -> int:
         """A token id of its own for every name; the usual ones for padding, beginning and end."""

@@ -249,11 +249,85 @@ def test_masked_tokens_have_a_perplexity(encoder: Callable[[str], Path]) -> None
     assert len(set(order)) == 2
 
 
+HEALED = ["BertModel", "BertForMaskedLM", "ModernBertForSequenceClassification", "LlamaForSequenceClassification"]
+
+
+@pytest.mark.parametrize("name", HEALED)
+def test_healed_towards_what_the_base_gives(name: str, encoder: Callable[[str], Path], tmp_path: Path) -> None:
+    """distill brings what the shortened model gives nearer to the base's, on text that it was not trained on."""
+    base, cut, healed = encoder(name), tmp_path / "cut", tmp_path / "healed"
+    shortcut.prune(base, cut, drop="3", **TEXT)
+    options: dict[str, Any] = {"method": "distill", "samples": 100, "length": 24, "epochs": 6, "full": True}
+    report = shortcut.heal(cut, healed, **options, learning_rate=3e-4, patience=9, quiet=True)
+    record = json.loads((healed / "shortcut.json").read_text())["healed"]
+    (step,) = record["steps"]
+    assert step["best"] < step["first"]
+    assert step["judged"] == "distance from the base"
+    assert "distance from the base" in report.changes[0]
+    ids = sequences()
+    if name.endswith("MaskedLM"):
+        ids[:, 3::7] = framing_tokenizer().mask_token_id
+    whole, short, better = (output(load(folder, name), ids) for folder in (base, cut, healed))
+    if name.endswith("Model"):
+        whole, short, better = (torch.nn.functional.normalize(each.mean(1), dim=-1) for each in (whole, short, better))
+    if name.endswith("MaskedLM"):
+        whole, short, better = (each[ids == ids[0, 3]].log_softmax(-1) for each in (whole, short, better))
+    assert (better - whole).square().mean() < (short - whole).square().mean()
+    assert shortcut.check(healed, samples=2, length=16, quiet=True).healed
+
+
+def test_the_loss_is_the_distance(encoder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Of embeddings the squared distance between directions, of masked tokens the divergence, padding not counted."""
+    from shortcut.healing.losses import Student, Teacher
+    from shortcut.live.decoder import Decoder
+    from shortcut.material.calibration import pad
+    from shortcut.records.plan import Base, Plan
+
+    rows = [row[:length].tolist() for row, length in zip(sequences()[:3], (24, 11, 17), strict=True)]
+    batch, plan = pad(rows), Plan.dropping(Base("m", None, DEPTH), [2])
+    for name, mask in (("BertModel", None), ("BertForMaskedLM", 3)):
+        shortcut.cut(encoder(name), tmp_path / name, drop="2", quiet=True)
+        base, short = load(encoder(name), name), load(tmp_path / name, name)
+        student = Student(Decoder.of(short), Teacher(Decoder.of(base), plan), mask=mask)
+        found, expected = student([0, 1, 2], batch).item(), []
+        for row in rows:
+            hidden = torch.tensor([row])
+            places = [place for place in range(len(row)) if place % 7 == 3]
+            if mask is not None:
+                hidden[0, places] = mask
+            one, other = (output(model, hidden)[0].double() for model in (base, short))
+            if mask is None:
+                pair = [torch.nn.functional.normalize(each.mean(0), dim=-1) for each in (one, other)]
+                expected.append((pair[0] - pair[1]).square().sum())
+            else:
+                logs = [each[places].log_softmax(-1) for each in (one, other)]
+                expected += list((logs[0].exp() * (logs[0] - logs[1])).sum(-1))
+        assert found == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
+
+
+HEALING = {
+    "heal {} out --method refit": "healing by refit needs a model that predicts the next token, and BertModel gives",
+    "heal {} out --method distill --own 3 --epochs 1": "--own is text that the base writes, and this one writes none",
+    "heal {} out --method distill --top-k 3 --epochs 1": "--top-k is for models that predict the next token",
+}
+
+
+@pytest.mark.parametrize("command", HEALING)
+def test_what_heals_only_models_that_write(
+    command: str, encoder: Callable[[str], Path], tmp_path: Path, capsys: Any
+) -> None:
+    """One line, and nothing is written."""
+    shortcut.cut(encoder("BertModel"), tmp_path / "cut", drop="3", quiet=True)
+    argv = command.format(tmp_path / "cut").replace(" out", f" {tmp_path / 'out'}").split()
+    assert HEALING[command] in fails(capsys, [*argv, "--samples", "20", "--length", "24", "--quiet"], 1)
+    assert not (tmp_path / "out").exists()
+
+
 WRITING = {
     "score {} --metric perplexity": "the metric perplexity needs a model that predicts tokens: use kl",
     "score {} --metric taylor": "the metric taylor is for decoders that stand alone: use kl or block-influence",
     "prune {} out --count 2 --select auto": "choosing by perplexity needs a model that predicts the next token",
-    "prune {} out --count 2 --heal refit": "healing needs a model that predicts the next token",
+    "prune {} out --count 2 --heal refit": "healing by refit needs a model that predicts the next token",
     "eval {}": "eval needs a model that predicts the next token",
     "speed {}": "speed needs a model that predicts the next token",
     "chat {}": "chat needs a model that predicts the next token",
