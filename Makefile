@@ -4,7 +4,7 @@ PYTHON310 ?= python3.10
 PYTHON313 ?= python3.13
 BIN := .venv/bin
 READY := .venv/.ready
-EXTRAS := plot,vision,gguf,heal,eval,demo,runtimes,dev
+EXTRAS := plot,vision,audio,gguf,heal,eval,demo,runtimes,dev
 # The one release that is chosen here: an open range takes the build for other hardware, of several GB.
 TORCH := torch==2.13.0
 # What builds this package and those that come as source alone; .lock.txt names its releases too.
