@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from shortcut.common.errors import ShortcutError
 
+_OF_TEXT = {"text-generation", "fill-mask", "text-classification", "token-classification", "text2text-generation"}
 Gives = Literal["next tokens", "masked tokens", "classes", "states"]
 
 
@@ -20,6 +21,11 @@ class Task:
     table: str
     gives: Gives
     pipeline: str
+
+    @property
+    def reads(self) -> Literal["text", "anything"]:
+        """Whether it is text alone that its models read."""
+        return "text" if self.pipeline in _OF_TEXT else "anything"
 
 
 # Where an architecture stands in several tables, the first of these counts.
@@ -75,11 +81,16 @@ WRITING, SEEING, MASKED = TASKS[:3]
 TRANSLATING = next(task for task in TASKS if task.auto == "AutoModelForSeq2SeqLM")
 
 
-def check_writes(config: Mapping[str, Any], what: str) -> None:
-    """Raise ShortcutError for a model that does not predict the next token, for what needs that."""
+def check_writes(config: Mapping[str, Any], what: str, *, alone: bool = True) -> None:
+    """Raise ShortcutError for a model that does not predict the next token, for what needs that.
+
+    alone: whether a decoder behind an encoder will not do either.
+    """
     if (gives := find_task(config).gives) != "next tokens":
         name = (config.get("architectures") or [config.get("model_type")])[0]
         raise ShortcutError(f"{what} needs a model that predicts the next token, and {name} gives {gives}")
+    if alone and config.get("is_encoder_decoder"):
+        raise ShortcutError(f"{what} is for decoders that stand alone, and {config.get('model_type')} has an encoder")
 
 
 def find_task(config: Mapping[str, Any]) -> Task:

@@ -18,19 +18,21 @@ from shortcut.common.errors import ShortcutError
 from shortcut.common.text import format_count, format_size, format_table
 from shortcut.common.version import __version__
 from shortcut.family.halves import modeling_of
-from shortcut.family.tasks import SEEING, find_task
+from shortcut.family.tasks import find_task
 from shortcut.publish.results import evaluation_table
 from shortcut.records.actions import LISTED, Action
 from shortcut.records.block_lists import format_blocks
 from shortcut.records.plan import Plan
 
 CARD = "README.md"
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 PLACEHOLDER = "path/or/id/of/this/model"
 _BODY = """\
 
-# {name}, {kept} of {depth} blocks
+# {name}, {kept} of {depth} {stack}blocks
 
-Of the blocks of {link}, counted from 0, {gone}.
+Of the {stack}blocks of {link}, counted from 0, {gone}.
 {rest}
 
 ```
@@ -160,6 +162,7 @@ def _body(
     records = [file for file in ("plan.yaml", "scores.json", RECORD) if (short.folder / file).exists()]
     return _BODY.format(
         name=name,
+        stack="" if plan.base.stack == "decoder" else f"{plan.base.stack} ",
         link=f"[{name}]({_address(name)})" if base.base.on_hub else name,
         kept=len(plan.kept),
         depth=plan.base.blocks,
@@ -190,11 +193,12 @@ def say_what_goes(plan: Plan) -> str:
 def loading_code(short: Checkpoint, place: str) -> str:
     """The Python that loads a shortened checkpoint with transformers. place: where from, a folder or an id."""
     auto, quoted = find_task(short.config).auto, json.dumps(place, ensure_ascii=False)
-    processor = _has_processor(short)
-    reader, trust = "AutoProcessor" if processor else "AutoTokenizer", "auto_map" in short.config
+    if (short.folder / MODULES).exists():
+        return f"from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer({quoted})"
+    reader, trust = _reader_of(short), "auto_map" in short.config
     trusts = [
         ", trust_remote_code=True" if each else ""
-        for each in (trust, trust and (processor or _has_own_tokenizer(short.folder)))
+        for each in (trust, trust and (reader != "AutoTokenizer" or _has_own_tokenizer(short.folder)))
     ]
     modeling = modeling_of(short.config)
     needs = f"  # {modeling.oldest} or newer" if modeling else ""
@@ -202,7 +206,7 @@ def loading_code(short: Checkpoint, place: str) -> str:
 from transformers import {auto}, {reader}{needs}
 
 model = {auto}.from_pretrained({quoted}{trusts[0]})
-{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained({quoted}{trusts[1]})"""
+{"tokenizer" if reader == "AutoTokenizer" else "processor"} = {reader}.from_pretrained({quoted}{trusts[1]})"""
 
 
 def _rest(short: Checkpoint, check: CheckReport) -> str:
@@ -219,19 +223,22 @@ def _command(base: Checkpoint, plan: Plan) -> str:
     """The command line that cuts the same blocks from the same base."""
     words = [f"shortcut cut {shlex.quote(base.base.title)} OUT"]
     words += [f"--{action} {format_blocks(plan.blocks(action))}" for action in LISTED if plan.blocks(action)]
+    words += [f"--stack {plan.base.stack}"] if plan.base.stack != "decoder" else []
     words += [f"--format {plan.format}"] if plan.format != "custom" else []
+    words += ["--keep-mtp"] if plan.keeps_heads else []
     words += [f"--revision {base.revision}"] if base.revision is not None else []
     words += ["--trust-remote-code"] if "auto_map" in base.config else []
     return " ".join(words)
 
 
-def _sees(short: Checkpoint) -> bool:
-    return find_task(short.config) == SEEING
-
-
-def _has_processor(short: Checkpoint) -> bool:
-    files = ("processor_config.json", "preprocessor_config.json")
-    return _sees(short) and any((short.folder / file).exists() for file in files)
+def _reader_of(short: Checkpoint) -> str:
+    """The auto class of transformers that makes inputs for a checkpoint, by the files that came along."""
+    made = [read_json(path) for path in map(short.folder.joinpath, PROCESSORS) if path.exists()]
+    if not made or find_task(short.config).reads == "text":
+        return "AutoTokenizer"
+    if any((short.folder / name).exists() for name in TOKENIZERS):
+        return "AutoProcessor"
+    return "AutoImageProcessor" if "image_processor_type" in made[0] else "AutoFeatureExtractor"
 
 
 def _has_own_tokenizer(folder: Path) -> bool:

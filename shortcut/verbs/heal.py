@@ -103,11 +103,11 @@ def heal_checkpoint(asked: HealOptions) -> "HealReport":
 
 
 def check_heals(checkpoint: Checkpoint, methods: Sequence[Method]) -> None:
-    """Raise ShortcutError for a model that is no single stack, and for what only one that writes can be healed by."""
+    """Raise ShortcutError for a model with several stacks, and for what only one that writes can be healed by."""
     if tuple(methods) != ("distill",):
         check_writes(checkpoint.config, f"healing by {methods[0]}")
     if checkpoint.config.get("is_encoder_decoder") or checkpoint.stack != "decoder":
-        raise ShortcutError("healing is for decoders that stand alone: train this model as you trained its base")
+        raise ShortcutError("healing is for models with one stack: train this one as you trained its base")
 
 
 def read_methods(asked: HealOptions) -> tuple[tuple[Method, ...], Tuning]:

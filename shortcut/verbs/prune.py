@@ -141,7 +141,7 @@ def prune_checkpoint(asked: PruneOptions, *, methods: Sequence[Method] = (), own
     if methods:
         check_heals(base, methods)
     if request.is_open or request.healed:
-        check_writes(base.config, "choosing by perplexity")
+        check_writes(base.config, "choosing by perplexity", alone=False)
     images = "freeze-visual" in (*(request.wanted.moves or {}).values(), *request.wanted.allow)
     limit = None if asked.max_shard_size is None else parse_size(asked.max_shard_size)
     # What is wrong with the request is said before the long work, not after it.

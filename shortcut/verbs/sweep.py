@@ -65,7 +65,7 @@ def sweep(asked: SweepOptions) -> "Trials":
     pick_dtype(asked.dtype, pick_device(asked.device))
     check_files(asked.out, asked.plot)
     checkpoint = open_model(asked.model, asked.revision, quiet=asked.quiet)
-    check_writes(checkpoint.config, "choosing by perplexity")
+    check_writes(checkpoint.config, "choosing by perplexity", alone=False)
     depth = checkpoint.base.blocks
     counts, rules = parse_blocks(asked.count, depth + 1), parse_rules(asked.select)
     wanted = read_wanted(checkpoint.base, HowMany(count=max(counts)), {}, asked, asked.preset)

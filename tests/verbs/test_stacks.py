@@ -5,6 +5,7 @@ skipped, as a user loads both.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from shortcut.checkpoint.open import open_model
 from shortcut.common.errors import ShortcutError
 from shortcut.material.take import take_text
 from shortcut.options.groups import SampledText
+from shortcut.publish.card import PLACEHOLDER
 from tests.conftest import VOCABULARY, make_tokenizer
 from tests.test_cli import fails
 from tests.verbs.test_encoders import framing_tokenizer
@@ -219,6 +221,13 @@ def test_scored_pruned_and_checked(name: str, stack: str, several: Callable[[str
         expected, whole = (result(each, inputs, stack) for each in (bypassed, model))
         torch.testing.assert_close(result(kept, inputs, stack), expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(expected, whole, rtol=1e-3, atol=1e-3)
+    card = (short / "README.md").read_text()
+    assert (f"--drop 1-2 --stack {stack}" in card) == (stack != "decoder")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(code.replace(PLACEHOLDER, str(short)), made)
+    assert type(made["model"]).__name__ in (name, "CLIPModel", "SiglipModel")
+    assert type(made.get("tokenizer", made.get("processor"))).__name__ == type(reader_of(name)).__name__
     again = shortcut.check(short, samples=3, length=16, quiet=True)
     assert again.logit_difference == pytest.approx(0, abs=1e-4)
 
