@@ -5,6 +5,7 @@ itself, its blocks bypassed.
 """
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
@@ -13,13 +14,15 @@ from typing import Any
 from shortcut.common.text import format_table
 from shortcut.family.halves import read_hollowings
 
+RESULTS = ("exact", "in part", "refused", "untried")
+
 
 @dataclass(frozen=True)
 class Family:
     """One family and task. result: exact, in part (what is not exact is refused), refused, or untried.
 
-    halves: what else its blocks can become: "halves" is attention-only and mlp-only, "last" last-token, "images"
-    freeze-visual.
+    task: what its models do, and of those with several stacks, whose blocks went. halves: what else its blocks can
+    become: "halves" is attention-only and mlp-only, "last" last-token, "images" freeze-visual.
     """
 
     name: str
@@ -40,12 +43,18 @@ class Families:
         """Plain data, for --json."""
         return asdict(self)
 
+    @property
+    def by_task(self) -> list[list[object]]:
+        """For every task, how many families had each of the `RESULTS`."""
+        tasks = dict.fromkeys(row.task for row in self.rows)
+        counts = Counter((row.task, row.result) for row in self.rows)
+        return [[task, *(counts[task, result] for result in RESULTS)] for task in sorted(tasks)]
+
     def __str__(self) -> str:
         rows = [[row.name, row.task, row.result, row.halves, row.why] for row in self.rows]
-        results = [row.result for row in self.rows]
-        counts = ", ".join(f"{results.count(result)} {result}" for result in sorted(set(results)))
         table = format_table(["family", "task", "blocks deleted", "or", "why"], rows, left=5)
-        return f"{table}\n\n{len(rows)} pairs of family and task in transformers {self.transformers}: {counts}"
+        summary = format_table(["task", *RESULTS], self.by_task)
+        return f"{table}\n\n{len(rows)} pairs of family and task in transformers {self.transformers}:\n\n{summary}"
 
 
 @cache
@@ -56,7 +65,7 @@ def read_families() -> Families:
     tasks = {"text": "AutoModelForCausalLM", "image and text": "AutoModelForImageTextToText"}
 
     def halves(name: str, task: str) -> str:
-        found = known.get((name, tasks[task]))
+        found = known.get((name, tasks.get(task, "")))
         if found is None:
             return ""
         return ", ".join(["halves", *["last"] * found.last_token, *["images"] * found.freezes])
@@ -67,5 +76,4 @@ def read_families() -> Families:
 
 def is_proven(family: str) -> bool:
     """Whether the sweep cut this family exactly, in every way that it tried, for every task."""
-    results = {row.result for row in read_families().rows if row.name == family}
-    return results == {"exact"}
+    return {row.result for row in read_families().rows if row.name == family} - {"untried"} == {"exact"}

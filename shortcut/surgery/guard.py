@@ -8,6 +8,7 @@ random weights.
 """
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from shortcut.live.load import LOADING_ERRORS, Model, build_empty
 from shortcut.surgery.numbered import first_unlike, tracking
 
 NUMBERS = {"layer_idx", "layer_id", "layer_number", "layer_num", "idx"}  # of blocks, in families of transformers
+_NAMES_BLOCKS = re.compile("layer|block")
 # Attributes that enter no arithmetic (big_bird seeds the random attention of training;
 # recurrent_gemma notes its running state).
 HARMLESS = {"seed", "num_hidden_layers", "store_full_length_kv", "next_skip_topk"}
@@ -47,6 +49,8 @@ def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int]
         if difference := _first_difference(base_blocks[old], short_blocks[new], apart=numbers):
             change = f"block {old} would become block {new} with {difference}"
             raise ShortcutError(f"cannot delete these blocks of {family} exactly: {change}")
+    owner = blocks.rpartition(".")[0]
+    _check_lists(base.get_submodule(owner), short.get_submodule(owner), len(base_blocks), kept)
     _check_shared(checkpoint, base.get_submodule(blocks), kept)
     if checkpoint.stack == "decoder":
         _check_images(base, kept)
@@ -60,6 +64,19 @@ def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int]
         raise ShortcutError(f"cannot delete these blocks of {family} exactly: outside the blocks it has {difference}")
     if numbers and code is not None:
         _check_numbers(base, stacks, kept)
+
+
+def _check_lists(base: nn.Module, short: nn.Module, depth: int, kept: Sequence[int]) -> None:
+    """Refuse where the module around the blocks has other ones do something special than those that did it."""
+    for name, value in vars(base).items():
+        numbers = list(value) if isinstance(value, list | tuple | set) and _NAMES_BLOCKS.search(name) else []
+        names_blocks = all(isinstance(number, int) and 0 <= number < depth for number in numbers)
+        if not numbers or not names_blocks or len(set(numbers)) < len(numbers):
+            continue
+        expected = sorted(kept.index(number) for number in numbers if number in kept)
+        if sorted(found := getattr(short, name, ())) != expected:
+            fault = f"{name} of {type(base).__name__} would be {sorted(found)} instead of {expected}"
+            raise ShortcutError(f"cannot delete these blocks exactly: {fault}")
 
 
 def _check_numbers(base: Model, stacks: tuple[nn.ModuleList, nn.ModuleList], kept: Sequence[int]) -> None:

@@ -59,7 +59,7 @@ SEVERITY = ("exact", "refused", "error", "different")  # a pair is as good as it
 CONTAINERS = {"blt": "model.local_decoder.layers", "hrm_text": "model.L_module.layers", "xlm": "transformer.attentions"}
 # What a block hands to the next one besides the hidden states, by its name among the arguments of the block: what
 # comes after the hidden states in a tuple that a bypassed block returns.
-CARRIED = {"xlnet": ("output_g",), "zaya": ("prev_router_hidden_states",)}
+CARRIED = {"lilt": ("layout_inputs",), "xlnet": ("output_g",), "zaya": ("prev_router_hidden_states",)}
 
 Record = dict[str, Any]
 

@@ -9,17 +9,33 @@ import transformers
 
 import shortcut
 
+TASKS = {
+    "causal": "text",
+    "image-text": "image and text",
+    "masked": "masked tokens",
+    "sequence": "classes of texts",
+    "tokens": "classes of tokens",
+    "bare": "states",
+    "seq2seq": "text to text",
+    "seq2seq encoder": "text to text, encoder",
+    "speech": "speech to text",
+    "speech encoder": "speech to text, encoder",
+    "ctc": "frames of speech",
+    "sounds": "classes of sounds",
+    "images": "classes of images",
+    "image-text towers": "two towers, text",
+    "image-text towers vision": "two towers, vision",
+}
 TABLE = Path(shortcut.__file__).parent / "data" / "families.json"
 
 
 def row(record: dict[str, Any]) -> list[str]:
     """Family, task, result and reason. Sets of blocks that were refused beside exact ones make it exact in part."""
-    task = {"causal": "text", "image-text": "image and text"}[record["kind"]]
     sets = [outcome["result"] for outcome in record["by_set"].values()]
     result = {"skipped": "untried", "different": "differs", "error": "unclear"}.get(record["result"], record["result"])
     if result == "refused" and "exact" in sets:
         result = "in part"
-    return [record["model_type"], task, result, "" if result == "exact" else record["why"][:160]]
+    return [record["model_type"], TASKS[record["kind"]], result, "" if result == "exact" else record["why"][:160]]
 
 
 def main() -> None:

@@ -58,6 +58,9 @@ KINDS: dict[Kind, tuple[str, str, Stack]] = {
     "bare": ("AutoModel", "", "decoder"),  # of families with masked tokens, images or sounds: encoders
 }
 WRITING: tuple[Kind, ...] = ("causal", "image-text")
+LOOKING: tuple[Kind, ...] = (  # which are given images or sounds
+    *("bare", "speech", "speech encoder", "ctc", "sounds", "images", "image-text towers", "image-text towers vision"),
+)
 Tower = Literal["decoder", "around", "vision", "other"]  # around: a composite config, which holds the decoder's
 Fields = dict[str, Any]
 
@@ -167,6 +170,7 @@ OVERRIDES: dict[str, Fields] = {
     "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, 4]},
     "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91}},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]}},
+    "esm": {"vocab_size": VOCABULARY},
     "fast_vlm": {"vision_config": {"model_type": "clip_vision_model"}},
     "gemma3n_text": {  # the last two blocks use the keys and values of blocks 3 and 0
         "intermediate_size": [48, 32, 48, 16, 32, 48],
@@ -197,6 +201,7 @@ OVERRIDES: dict[str, Fields] = {
     "inkling_text": {"mlp_layer_types": _MOE},
     "laguna": {"layer_types": _WINDOWS, "num_attention_heads_per_layer": [2, 4, 2, 2, 4, 4]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention", "full_attention"]},
+    "lilt": {"hidden_size": 48},
     "longcat_flash": {"head_dim": 4},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 8, "layer_types": _WINDOWS},
@@ -214,6 +219,7 @@ OVERRIDES: dict[str, Fields] = {
     "mimi": {"codebook_size": 64},
     "muse_spark_audio": {"patch_sizes": [4, 2], "hidden_sizes": [16, 32], "depths": [1, 1], "num_hidden_layers": 2},
     "nemotron_h": {"layers_block_type": _HYBRID},
+    "neomme": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "perception_lm": {"vision_config": {"model_type": "clip_vision_model", "model_args": {"embed_dim": 32}}},
     "paddleocr_vl_text": {"rope_parameters": _MROPE},
@@ -261,6 +267,7 @@ INPUTS: dict[str, dict[str, tuple[int, ...]]] = {
     "pix2struct": {"flattened_patches": (2, 4, 34)},
     "pp_formulanet": {"pixel_values": (2, 3, 16, 16)},
     "udop": {"bbox": (2, 12, 4)},
+    "bros": {"bbox": (2, 12, 4)},
     "vision-encoder-decoder": {"pixel_values": (2, 3, 16, 16)},
 }
 
@@ -280,11 +287,14 @@ SKIPPED: dict[str, str] = {
     "gemma3n": "Its vision tower is a timm model, and timm is no dependency; gemma3n_text covers the decoder.",
     "gemma4_assistant": _DRAFTER,
     "gemma4_unified_assistant": _DRAFTER,
+    "layoutlmv2": "It needs detectron2, which is no dependency.",
+    "layoutlmv3": "The sizes of its embeddings of places hang together in ways that a tiny config does not keep.",
     "llama4 image-text": "Its forward in this release asks its text model for an output that it does not give.",
     "mllama causal": _TEXT_ONLY,
     "musicgen": _CODEC,
     "musicgen_melody": _CODEC,
     "pi0": "A robot policy: it turns images and states into actions, and has no logits to compare.",
+    "squeezebert": "Its blocks are called past the hooks by which the reference bypasses them.",
     "shieldgemma2": "from_pretrained of this release does not find the keys that its own save_pretrained writes.",
 }
 
@@ -326,6 +336,8 @@ def tiny_model(model_type: str, kind: Kind, depth: int = DEPTH, gain: float | No
         if kind not in WRITING and not made.is_encoder_decoder:
             made.is_decoder = False
         made.num_labels, made.decoder_start_token_id = 3, 1
+        for part in _parts(made) if kind == "sequence" else ():
+            part.pad_token_id = 0
         return made
 
     try:
@@ -360,7 +372,9 @@ def tiny_inputs(model: Any, kind: Kind) -> Fields:
     if kind == "sequence" and config.is_encoder_decoder:
         inputs["input_ids"][:, -1] = 2  # what ends a text is what they look at
         inputs.pop("decoder_input_ids", None)
-    shapes = {} if kind in WRITING else {name: shape for name, shape in _shapes(config).items() if name in wanted}
+    shapes = {name: shape for name, shape in _shapes(config).items() if name in wanted and kind in LOOKING}
+    if kind == "bare" and "input_ids" in wanted:
+        shapes = {}
     for name, shape in shapes.items():
         inputs[name] = torch.randn(shape, generator=generator)
     for name, shape in INPUTS.get(config.model_type, {}).items():
