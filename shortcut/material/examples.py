@@ -45,13 +45,15 @@ class Example:
 class Examples:
     """Examples as a reader writes them, and everything needed to make them again.
 
-    reader: a processor, tokenizer, or what makes inputs of images or sounds; start: the token that what is said starts
+    reads: "text", "image", "audio", what of these the model reads; reader: a processor, tokenizer, or what makes inputs
+    of images or sounds; start: the token that what is said starts
     with; length: tokens of a text at most.
     """
 
     source: Source
     seed: int
     length: int
+    reads: tuple[str, ...]
     reader: Any
     start: int | None
     sequences: tuple[Example, ...]
@@ -85,12 +87,12 @@ class Examples:
     @property
     def described(self) -> str:
         """For people: the data, and how much of it."""
-        return f"{self.source.data}, {len(self.sequences)} examples"
+        return f"{self.source.data}, {len(self.sequences)} examples of {' and '.join(self.reads)}"
 
     def record(self) -> dict[str, Any]:
         """What goes into scores and plans: source, count, seed, hash."""
         counts = {"samples": len(self.sequences), "length": self.length, "tokens": self.tokens}
-        return {**asdict(self.source), **counts, "seed": self.seed, "hash": self.hash}
+        return {**asdict(self.source), "reads": list(self.reads), **counts, "seed": self.seed, "hash": self.hash}
 
     def batches(self, batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
         """The examples in batches on a device, shorter ones padded on the right."""
@@ -178,7 +180,7 @@ def make_examples(
     examples = tuple(islice(found, samples))
     if len(examples) < (1 if fewer else samples):
         raise ShortcutError(f"{source.data} holds {len(examples)} examples and --samples asks it for {samples}")
-    return Examples(source, seed, length, reader, start, examples)
+    return Examples(source, seed, length, tuple(sorted(modalities)), reader, start, examples)
 
 
 def _make_up(

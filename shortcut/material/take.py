@@ -58,7 +58,7 @@ def take_text(
 def _take_examples(
     checkpoint: Checkpoint, source: Source, text: Text, samples: int, *, trust_remote_code: bool, fewer: bool
 ) -> "Examples | None":
-    """Examples of what a model reads; None for those that read plain text, or see images beside it."""
+    """Examples of what a model reads; None for those that do with plain text, or see images beside it."""
     from shortcut.live.load import load_config, load_reader, modalities, start_token
     from shortcut.material.examples import make_examples
 
@@ -66,7 +66,8 @@ def _take_examples(
         return None
     config = load_config(checkpoint.config)
     read = modalities(config)
-    if read == {"text"} and not config.is_encoder_decoder:
+    towers = find_task(checkpoint.config).gives == "states" and hasattr(config, "text_config")
+    if "text" in read and not config.is_encoder_decoder and not towers:
         return None
     reader = load_reader(checkpoint.folder, read, trust_remote_code=trust_remote_code)
     start = start_token(checkpoint.folder, config)

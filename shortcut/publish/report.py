@@ -207,7 +207,8 @@ def _view(report: Report) -> dict[str, Any]:
 
 def _title(report: Report) -> str:
     plan = report.plan
-    what = [f"{len(plan.kept)} of {plan.base.blocks} blocks"]
+    stack = "" if plan.base.stack == "decoder" else f"{plan.base.stack} "
+    what = [f"{len(plan.kept)} of {plan.base.blocks} {stack}blocks"]
     what += [f"{len(plan.hollow)} of them halved"] if plan.hollow else []
     what += [f"images frozen in {len(plan.frozen)}"] if plan.frozen else []
     return f"{plan.base.title}: {', '.join(what)}"
@@ -228,9 +229,13 @@ def _lead(report: Report) -> str:
 
 def _say_text(record: Mapping[str, Any]) -> str:
     """What blocks were scored on, by the record of a calibration set, which anybody may have written."""
+    reads = record.get("reads") or []
     what = "sequences" if "length" in record else "questions"
     length = f" of {record['length']} tokens" if "length" in record else ""
-    source = {"default": "prose that comes with shortcut", "drawings": "drawings that come with shortcut"}
+    if reads:
+        what, length = "examples", f" of {' and '.join(map(str, reads))}"
+    prose = "made-up sounds" if "audio" in reads else "drawings that come" if "image" in reads else "prose that comes"
+    source = {"default": f"{prose} with shortcut", "drawings": "drawings that come with shortcut"}
     data = str(record.get("data", "unknown text"))
     return f"{record.get('samples', 'some')} {what}{length} ({source.get(data, data)})"
 
