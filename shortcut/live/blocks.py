@@ -57,9 +57,15 @@ def run_model(model: Model, inputs: Mapping[str, Any], stack: Stack = "decoder")
 
 
 def result_of(output: Any, stack: Stack = "decoder") -> Tensor:
-    """The logits in what a model returns, or the last states, or of two towers the embeddings that this one makes."""
+    """The logits in what a model returns, or the last states, or of two towers the embeddings that this one makes.
+
+    Raises ShortcutError where there is nothing of these.
+    """
     found = (getattr(output, name, None) for name in ("logits", "last_hidden_state", EMBEDDINGS.get(stack, "")))
-    return next(each for each in found if each is not None)
+    result = next((each for each in found if each is not None), None)
+    if result is None:
+        raise ShortcutError(f"a {type(output).__name__} holds neither logits nor states nor embeddings")
+    return result
 
 
 def _without_cache(model: Model, part: nn.Module) -> dict[str, bool]:

@@ -27,6 +27,11 @@ Questions = Annotated[
     "multiple-choice questions: a .jsonl file of question, choices and answer (the number of the right choice, from "
     '0), "default" (200 of PIQA), or none',
 ]
+WhoseBlocks = Annotated[
+    Stack,
+    "whose blocks are meant, of a model with several stacks: the decoder's, or the only ones that there are, the "
+    "encoder's, or those of its tower for images or sound",
+]
 TrustRemoteCode = Annotated[bool, "run the modeling code that comes with the model"]
 CreatePr = Annotated[bool, "propose the upload by a pull request, instead of making it"]
 RULES = (
@@ -80,11 +85,7 @@ class Revision:
 class Stacked(Revision):
     """The model"""
 
-    stack: Annotated[
-        Stack,
-        "whose blocks are meant, of a model with several stacks: the decoder's, which is also the only stack of an "
-        "encoder, or the encoder's, or those of its tower for images or sound",
-    ] = "decoder"
+    stack: WhoseBlocks = "decoder"
 
 
 @dataclass(frozen=True, kw_only=True)

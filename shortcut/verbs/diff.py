@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from shortcut.checkpoint.open import open_model
-from shortcut.options.groups import Quiet
+from shortcut.options.groups import Quiet, WhoseBlocks
 from shortcut.options.verb import verb
 from shortcut.surgery.diff import Difference, compare_checkpoints
 
@@ -18,6 +18,7 @@ class DiffOptions(Quiet):
     other: Annotated[str | Path, "another one"]
     _: KW_ONLY
     revision: Annotated[str | None, "branch, tag or commit of the first, on the Hub"] = None
+    stack: WhoseBlocks = "decoder"
 
 
 @verb(DiffOptions, example="org/model shorter")
@@ -26,5 +27,5 @@ def diff(asked: DiffOptions) -> Difference:
 
     Fails where one of the two cannot be read.
     """
-    one = open_model(asked.one, asked.revision, quiet=asked.quiet)
-    return compare_checkpoints(one, open_model(asked.other, quiet=asked.quiet))
+    one = open_model(asked.one, asked.revision, stack=asked.stack, quiet=asked.quiet)
+    return compare_checkpoints(one, open_model(asked.other, stack=asked.stack, quiet=asked.quiet))

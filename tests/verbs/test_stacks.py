@@ -301,6 +301,8 @@ def test_the_stacks_are_named(several: Callable[[str], Path], tmp_path: Path, ca
     report = shortcut.cut(base, tmp_path / "short", plan=plan, quiet=True)
     assert report.plan.base.stack == "encoder"
     assert shortcut.inspect(tmp_path / "short").others == {"encoder": 4}
+    assert shortcut.diff(base, tmp_path / "short").matches == (0, 1, 2, 3)
+    assert shortcut.diff(base, tmp_path / "short", stack="encoder").matches == (0, 1, 3, 4)
     with pytest.raises(ShortcutError, match="the plan is for the decoder, not for --stack encoder"):
         shortcut.cut(base, tmp_path / "no", plan=shortcut.plan(base, drop="2"), stack="encoder", quiet=True)
 
