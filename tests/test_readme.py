@@ -14,6 +14,7 @@ import yaml
 import shortcut
 from shortcut.checkpoint.open import EMBEDDED_VISION
 from shortcut.cli import COMMANDS, _parse, main
+from shortcut.family.known import read_families
 from shortcut.live.load import load_model
 from shortcut.options.presets import PRESETS
 from shortcut.records.block_lists import parse_blocks
@@ -66,6 +67,17 @@ def test_every_command_and_metric_is_in_the_readme() -> None:
     """No command and no metric is missing from the tables."""
     assert {name for name in COMMANDS if f"`shortcut {name}" in README} == set(COMMANDS)
     assert {name for name in METRICS if f"| `{name}` |" in README} == set(METRICS)
+
+
+def test_families_are_as_in_the_readme() -> None:
+    """The table of what the sweep found has a row for every task, and their sum in the words above it."""
+    families = read_families()
+    rows = [f"| {' | '.join(map(str, row))} |" for row in families.by_task]
+    assert "\n".join(rows) in README
+    sums = [sum(int(str(row[place])) for row in families.by_task) for place in range(1, 5)]
+    words = " ".join(README.split())
+    said = f"of {len(families.rows)} pairs of family and task, {sums[0]} exact, {sums[1]} exact but for blocks that are"
+    assert f"{said} refused, {sums[2]} refused, {sums[3]} untried, none silently different" in words
 
 
 def test_presets_are_as_in_the_readme() -> None:

@@ -25,8 +25,8 @@ CONFIGS: Mapping[Stack, tuple[str, ...]] = {
     "audio": ("audio_config", "speech_config"),
 }
 # Names of the layer count. The decoder's own comes first: an encoder-decoder's num_hidden_layers is its encoder's.
-DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers")
-ENCODER_DEPTHS = ("encoder_layers", "num_encoder_layers")
+DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers")
+ENCODER_DEPTHS = ("encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers")
 # Lists whose length is the number of blocks, where no field names it.
 DEPTH_LISTS = ("layers_block_type", "hybrid_override_pattern")
 # Numbers of blocks behind the last one that predict further tokens, where they are stored in the same container.
@@ -41,8 +41,7 @@ COMPILED = "_orig_mod."  # what torch.compile puts in front of names
 
 _NOT_TEXT = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|qformer|projector|connector|aligner|vq|mtp)")
 _EXTRA_HEAD = re.compile(r"(^|\.)mtp[._]")  # multi-token prediction, where it has a container of its own
-_ENCODER = re.compile(r"(^|[._])encoder[._]")
-_DECODER = re.compile(r"(^|[._])decoder[._]")
+_SIDE = re.compile(r"(?:^|[._])(encoder|decoder)[._]")  # the first counts: decoder.bert.encoder.layer
 _VISION = re.compile(r"(^|[._])(vision|visual|vit|image)")
 _AUDIO = re.compile(r"(^|[._])(audio|speech)")
 _NORM = re.compile(r"norm|^ln_?\d*$|^ln_f$", re.IGNORECASE)
@@ -91,7 +90,7 @@ def find_anatomy(names: Iterable[str], config: Mapping[str, Any], stack: Stack =
     try:
         return _find_container(_of_stack(numbers, stack), *stack_config(config, stack), stack)
     except ShortcutError:
-        decodes = any(not _ENCODER.search(prefix) for prefix in _of_stack(numbers, "decoder"))
+        decodes = any(_side(prefix) == "decoder" for prefix in _of_stack(numbers, "decoder"))
         if stack != "decoder" or decodes or any(COMPILED in prefix for prefix in numbers):
             raise
         for other in STACKS[1:]:  # of an encoder without its decoder, or of one tower, the weights may be all there is
@@ -112,9 +111,10 @@ def _find_container(
     extra = next((part[name] for name in EXTRA_HEADS if isinstance(part.get(name), int)), 0)
     fitting = [prefix for prefix, count in counts.items() if count in (depth, depth + extra)]
     if len(fitting) > 1:  # an encoder as deep as the decoder
-        fitting = [prefix for prefix in fitting if not _ENCODER.search(prefix)] or fitting
+        fitting = [prefix for prefix in fitting if _side(prefix) == "decoder"] or fitting
     if len(fitting) != 1:
-        found = ", ".join(starmap(_describe, numbers.items())) or "no numbered blocks at all"
+        none = "no numbered blocks at all" if stack == "decoder" else f"no numbered blocks of the {stack}"
+        found = ", ".join(starmap(_describe, numbers.items())) or none
         raise ShortcutError(
             f"cannot tell where the {depth} blocks are ({fields[0]} = {depth} in config.json): the weights have {found}"
         )
@@ -141,11 +141,17 @@ def other_stacks(names: Iterable[str], config: Mapping[str, Any], stack: Stack) 
 
 def _of_stack(numbers: Mapping[str, set[int]], stack: Stack) -> dict[str, set[int]]:
     """Those prefixes that may be of a stack."""
-    patterns = {"vision": _VISION, "audio": _AUDIO, "encoder": _ENCODER}
-    if stack in ("vision", "audio"):
+    patterns = {"vision": _VISION, "audio": _AUDIO}
+    if stack in patterns:
         return {prefix: found for prefix, found in numbers.items() if patterns[stack].search(prefix)}
     text = {prefix: found for prefix, found in numbers.items() if not _NOT_TEXT.search(prefix)}
-    return text if stack == "decoder" else {prefix: found for prefix, found in text.items() if _ENCODER.search(prefix)}
+    return text if stack == "decoder" else {prefix: text[prefix] for prefix in text if _side(prefix) == "encoder"}
+
+
+def _side(name: str) -> str:
+    """Of which half of an encoder-decoder a name is; those of other models count as decoders."""
+    match = _SIDE.search(name)
+    return match[1] if match else "decoder"
 
 
 def _numbers(names: Iterable[str]) -> dict[str, set[int]]:
@@ -166,9 +172,7 @@ def _describe(prefix: str, numbers: set[int]) -> str:
 def is_other_tower(prefix: str, container: str) -> bool:
     """Whether a name prefix belongs to another tower or stack than the container of blocks."""
     tower, own = (match[2] if (match := _NOT_TEXT.search(name)) else None for name in (prefix, container))
-    encodes, decodes = (bool(pattern.search(container)) for pattern in (_ENCODER, _DECODER))
-    other = _ENCODER.search(prefix) if not encodes else _DECODER.search(prefix) if not decodes else None
-    return tower != own or other is not None
+    return tower != own or (_SIDE.search(prefix) is not None and _side(prefix) != _side(container))
 
 
 def fused_axis(name: str) -> int | None:

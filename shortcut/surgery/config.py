@@ -8,11 +8,12 @@ through their own config class first and get the explicit list.
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shortcut.common.errors import ShortcutError
-from shortcut.family.anatomy import EXTRA_HEADS, Anatomy, stack_config
+from shortcut.family.anatomy import DECODER_DEPTHS, EXTRA_HEADS, Anatomy, depth_fields, stack_config
 from shortcut.family.fields import (
     CYCLES,
     INCLUSIVE_ENDS,
@@ -53,30 +54,57 @@ def cut_config(
         text = text[key]
     if _derives_lists(config, anatomy):
         _write_lists(text, resolve_config(config, anatomy, code), anatomy.depth)
+    if config.get("is_encoder_decoder") and not any(field in text for field in DECODER_DEPTHS):
+        anatomy = _name_both_depths(text, resolve_config(config, anatomy, code), anatomy)
     _check_providers(text, kept)
     _solve_periods(text, anatomy.depth, kept)
     if anatomy.stack == "vision" and SEEN_AT in result:
-        result[SEEN_AT] = _move_states(result[SEEN_AT], anatomy.depth, kept)
+        result[SEEN_AT] = _move_states(SEEN_AT, result[SEEN_AT], anatomy.depth, kept)
+    stages = _move_stages(text, anatomy.depth, kept)
     for field, value in text.items():
         if keeps_heads and field in EXTRA_HEADS:
             continue
         text[field] = _cut_field(field, value, anatomy, kept)
+    if anatomy.stack == "encoder" and "num_decoder_layers" in text:
+        text.setdefault("decoder_layers", text["num_decoder_layers"])  # else caches are as deep as the encoder (T5)
+    text.update(stages)
     return result
 
 
-def _move_states(value: Any, depth: int, kept: Sequence[int]) -> Any:
+def _name_both_depths(text: dict[str, Any], resolved: Mapping[str, Any], anatomy: Anatomy) -> Anatomy:
+    """Of an encoder-decoder whose config names one depth, such as an old T5's: name the decoder's as well."""
+    text.update({field: resolved[field] for field in DECODER_DEPTHS if field in resolved})
+    return replace(anatomy, depth_fields=depth_fields(text, anatomy.stack))
+
+
+def _move_stages(text: Mapping[str, Any], depth: int, kept: Sequence[int]) -> dict[str, Any]:
+    """What a backbone whose every block is a stage (DINOv2) says of them, after the cut."""
+    if len(text.get("stage_names") or ()) != depth + 1:
+        return {}
+    found = {"stage_names": text["stage_names"][: len(kept) + 1]}
+    if indices := text.get("out_indices"):
+        moved = _move_states("out_indices", indices, depth, kept)
+        found |= {"out_indices": moved, "out_features": [found["stage_names"][index] for index in moved]}
+        if len(set(found["out_features"])) < len(moved):
+            raise ShortcutError(f"states are handed on at {indices} (out_indices): a block between them has to stay")
+    return found
+
+
+def _move_states(field: str, value: Any, depth: int, kept: Sequence[int]) -> Any:
     """The numbers of the states between blocks that are handed on, after the cut; negative ones count from the end.
 
     Raises ShortcutError where states within the stack would become those at its end, which a norm may have gone over.
     """
     if isinstance(value, list):
-        return [_move_states(each, depth, kept) for each in value]
+        return [_move_states(field, each, depth, kept) for each in value]
     if not isinstance(value, int):
         return value
     state = value if value >= 0 else depth + 1 + value
     moved = sum(block < state for block in kept)
     if state < depth and moved == len(kept):
-        raise ShortcutError(f"images are seen in front of block {state} ({SEEN_AT}): it or one behind it has to stay")
+        raise ShortcutError(
+            f"states in front of block {state} are handed on ({field}): it or one behind it has to stay"
+        )
     return moved if value >= 0 else moved - len(kept) - 1
 
 

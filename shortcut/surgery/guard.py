@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from shortcut.checkpoint.checkpoint import Checkpoint
@@ -136,11 +137,22 @@ def _describe(block: nn.Module) -> dict[str, Any]:
     """Shapes of a block's tensors, and classes and plain attributes of its modules, by name inside the block."""
     described: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
     for name, module in block.named_modules():
+        if _passes_on(module):
+            continue
         described[f"class of {name or 'block'}"] = type(module).__name__
         for attribute, value in vars(module).items():
             if isinstance(value, int | float | bool | str | None) and attribute not in HARMLESS:
                 described[f"{name}.{attribute}".lstrip(".")] = value
     return described
+
+
+def _passes_on(module: nn.Module) -> bool:
+    """Whether a module gives what it is given, as those that drop paths in training do outside it."""
+    given = torch.empty(1, 1, device="meta")
+    try:
+        return not any(module.children()) and not any(module.parameters()) and module.eval()(given) is given
+    except LOADING_ERRORS:
+        return False
 
 
 def _shapes_outside(model: Model, blocks: str) -> dict[str, tuple[int, ...]]:

@@ -90,7 +90,7 @@ def test_what_cannot_be_told(checkpoint_of: Callable[..., Path], tmp_path: Path)
     shutil.copytree(checkpoint_of("llama"), tmp_path / "other")
     path = tmp_path / "other" / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "architectures": ["Unknown"], "kv_lora_rank": 8}))
+    path.write_text(json.dumps({**config, "architectures": ["UnknownForCausalLM"], "kv_lora_rank": 8}))
     found = shortcut.inspect(tmp_path / "other", quiet=True)
     assert [saving.action for saving in found.savings[0]] == ["drop"]
     assert (found.savings[0][0].cache, found.savings[0][0].prefill) == (None, None)

@@ -56,7 +56,13 @@ NEW_TOKENS = 6
 SEVERITY = ("exact", "refused", "error", "different")  # a pair is as good as its worst set
 
 # Container paths where more than one list of modules is as long as the decoder.
-CONTAINERS = {"blt": "model.local_decoder.layers", "hrm_text": "model.L_module.layers", "xlm": "transformer.attentions"}
+CONTAINERS = {
+    "blt": "model.local_decoder.layers",
+    "hrm_text": "model.L_module.layers",
+    "vibevoice": "model.language_model.layers",
+    "vibevoice_asr": "model.language_model.layers",
+    "xlm": "transformer.attentions",
+}
 # What a block hands to the next one besides the hidden states, by its name among the arguments of the block: what
 # comes after the hidden states in a tuple that a bypassed block returns.
 CARRIED = {"lilt": ("layout_inputs",), "xlnet": ("output_g",), "zaya": ("prev_router_hidden_states",)}

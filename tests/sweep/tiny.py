@@ -71,12 +71,13 @@ FIRST_SPECIAL = 70  # ids from here on belong to images, sounds and the like; 0,
 # Where composite configs keep the decoder.
 _DECODERS = ("text_config", "llm_config", "language_config", "decoder", "decoder_config", "vlm_config")
 _DEPTHS = re.compile(
-    r"((conf_)?num_hidden|n|num|encoder|num_encoder|resampler)_layers?|num_blocks|layers|(resampler_)?depth"
+    r"((conf_|encoder_)?num_hidden|n|num|encoder|num_encoder|resampler)_layers?|num_blocks|layers|(resampler_)?depth"
 )
-_DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers")
+_DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers")
 _TOWER_DEPTHS: dict[Stack, dict[str, int]] = {
     "decoder": {"vision": 2, "other": 3},
     "vision": {"decoder": 3, "other": 2},  # where the blocks for images are those that go
+    "encoder": {"vision": 2, "other": DEPTH + 1},  # of encoders with a config of their own
 }
 
 _DEPTH_NAMES = (*_DECODER_DEPTHS, "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "layers")
@@ -151,6 +152,7 @@ _SWA = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8, "k
 # with one entry per block are for the usual depth.
 OVERRIDES: dict[str, Fields] = {
     "chameleon": {"vocabulary_map": {"<image>": 90}},
+    "bros": {"hidden_size": 64},
     "cohere2_moe": {"mlp_layer_types": _MOE},
     "cohere_compass_text": {"layer_types": _WINDOWS, "rope_parameters": _ROPES},
     "cosmos3_edge_text": {"rope_parameters": _MROPE},
@@ -200,6 +202,7 @@ OVERRIDES: dict[str, Fields] = {
     "hunyuan_vl_text": {"head_dim": 8, "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 1, 1]}},
     "inkling_text": {"mlp_layer_types": _MOE},
     "laguna": {"layer_types": _WINDOWS, "num_attention_heads_per_layer": [2, 4, 2, 2, 4, 4]},
+    "led": {"attention_window": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention", "full_attention"]},
     "lilt": {"hidden_size": 48},
     "longcat_flash": {"head_dim": 4},
@@ -251,6 +254,7 @@ OVERRIDES: dict[str, Fields] = {
         "mlp_layer_types": _MOE,
     },
     "vision-encoder-decoder": {"decoder_start_token_id": 1},
+    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
 }
@@ -258,7 +262,8 @@ OVERRIDES: dict[str, Fields] = {
 # Shapes of what a forward wants besides token ids, by the name of the argument.
 INPUTS: dict[str, dict[str, tuple[int, ...]]] = {
     "blip": {"pixel_values": (2, 3, 16, 16)},
-    "blip-2": {"pixel_values": (2, 3, 16, 16)},
+    "blip-2": {"pixel_values": (2, 3, 16, 16), "attention_mask": (2, 12)},
+    "dia": {"decoder_input_ids": (2, 12, 9)},
     "idefics": {"pixel_values": (2, 1, 3, 16, 16)},
     "instructblip": {"pixel_values": (2, 3, 16, 16), "qformer_input_ids": (2, 5)},
     "instructblipvideo": {"pixel_values": (2, 1, 3, 16, 16), "qformer_input_ids": (2, 5)},
@@ -266,6 +271,7 @@ INPUTS: dict[str, dict[str, tuple[int, ...]]] = {
     "mllama": {"cross_attention_states": (2, 4, 32)},
     "pix2struct": {"flattened_patches": (2, 4, 34)},
     "pp_formulanet": {"pixel_values": (2, 3, 16, 16)},
+    "siglip2": {"pixel_values": (2, 4, 192), "pixel_attention_mask": (2, 4), "spatial_shapes": (2, 2)},
     "udop": {"bbox": (2, 12, 4)},
     "bros": {"bbox": (2, 12, 4)},
     "vision-encoder-decoder": {"pixel_values": (2, 3, 16, 16)},
@@ -277,9 +283,13 @@ GAINS = {"blip": 0.1, "florence2": 0.1, "vision-encoder-decoder": 0.1}
 
 _DRAFTER = "A drafter: each of its blocks reads the keys and values of another model, so it cannot run by itself."
 _TEXT_ONLY = "AutoModelForCausalLM saves the text part alone, under a type that no auto class loads."
+_SIZES_TOGETHER = "The sizes of its convolutions and stages hang together in ways that a tiny config does not keep."
+_DEFAULTS = "Its config cannot be built from its own defaults: one of its parts has no type there."
+_QFORMER = "Its Q-Former reads the text, and the one that from_config of this release builds does not run."
 _CODEC = "AutoModelForCausalLM lists its decoder, but cannot build or load it from the config that goes with the name."
 # Families that cannot be built, reloaded or run tiny here; with the kind where that is true of one kind only.
 SKIPPED: dict[str, str] = {
+    "align image-text towers": _SIZES_TOGETHER,
     "apertus1p5 image-text": "Tokens of images and sounds are ranges of its vocabulary, larger than a tiny one; "
     "apertus1p5_text covers the decoder.",
     "emu3 causal": _TEXT_ONLY,
@@ -295,6 +305,19 @@ SKIPPED: dict[str, str] = {
     "musicgen_melody": _CODEC,
     "pi0": "A robot policy: it turns images and states into actions, and has no logits to compare.",
     "squeezebert": "Its blocks are called past the hooks by which the reference bypasses them.",
+    "blip-2 image-text towers": _QFORMER,
+    "blip-2 image-text towers vision": _QFORMER,
+    "dinat": "It needs natten, which is no dependency.",
+    "donut-swin": _SIZES_TOGETHER,
+    "fun_asr_nano": _DEFAULTS,
+    "granite_speech5_ctc": "Its first blocks halve the number of frames: what it is without one is not defined.",
+    "kyutai_speech_to_text speech": _SIZES_TOGETHER,
+    "moonshine_streaming": "Its model of this release asks its config for num_key_value_heads, which is not there.",
+    "nemo_speechlm": _DEFAULTS,
+    "swinv2": _SIZES_TOGETHER,
+    "timm_wrapper": "It wraps a model of timm, and timm is no dependency.",
+    "videoprism": "It sees videos, of which the sweep makes none.",
+    "voxtral_realtime": "It hears and writes frame by frame: a tiny text and a tiny sound do not fit each other.",
     "shieldgemma2": "from_pretrained of this release does not find the keys that its own save_pretrained writes.",
 }
 
@@ -305,7 +328,8 @@ def model_types() -> list[tuple[str, Kind]]:
     for kind, (_, table, stack) in KINDS.items():
         names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES", {})
         pairs += [(name, kind) for name in names if stack != "encoder" or CONFIG_MAPPING[name]().is_encoder_decoder]
-    encoders = {name for name, kind in pairs if kind in ("masked", "images", "sounds", "ctc")}
+    towers = {name for name, kind in pairs if kind == "image-text towers"}
+    encoders = {name for name, kind in pairs if kind in ("masked", "images", "sounds", "ctc")} - towers
     pairs += [(name, "bare") for name in modeling_auto.MODEL_MAPPING_NAMES if name in encoders]
     return sorted(pairs)
 
@@ -336,6 +360,9 @@ def tiny_model(model_type: str, kind: Kind, depth: int = DEPTH, gain: float | No
         if kind not in WRITING and not made.is_encoder_decoder:
             made.is_decoder = False
         made.num_labels, made.decoder_start_token_id = 3, 1
+        made.architectures = made.architectures or []  # of two classes for a task, the first
+        if kind == "ctc" and made.vocab_size is None:
+            made.vocab_size = VOCABULARY
         for part in _parts(made) if kind == "sequence" else ():
             part.pad_token_id = 0
         return made
@@ -382,6 +409,36 @@ def tiny_inputs(model: Any, kind: Kind) -> Fields:
         inputs[name] = value.round().long() + 5 if name.endswith("_ids") else value
         if name.endswith("_mask"):
             inputs[name] = torch.zeros(shape).long()
+        if name in (
+            "attention_mask",
+            "pixel_attention_mask",
+            "spatial_shapes",
+        ):  # all tokens; all of two by two patches
+            inputs[name] = torch.full(shape, 1 if name.endswith("_mask") else 2)
+    return _fitting(model, inputs)
+
+
+@torch.no_grad()
+def _fitting(model: Any, inputs: Fields) -> Fields:
+    """The same inputs in the first form in which the model runs; as they are where it does not run in any.
+
+    Families differ in whether features or frames of sounds come first, and which of two inputs stands for the other.
+    """
+    forms = [inputs]
+    if "input_features" in inputs:
+        forms.append({**inputs, "input_features": inputs["input_features"].mT.contiguous()})
+    forms += [
+        {name: value for name, value in form.items() if name != left_out}
+        for form in list(forms)
+        for left_out in ("input_ids", "input_features", "input_values")
+        if left_out in form and len(form) > 1
+    ]
+    for form in forms:
+        try:
+            model(**form)
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+            continue
+        return form
     return inputs
 
 
@@ -479,7 +536,7 @@ class _Maker:
     def __init__(self, depth: int, stack: Stack) -> None:
         self.depth = depth
         tower = "vision" if stack == "vision" else "decoder"
-        self.depths = {**_TOWER_DEPTHS[tower], tower: depth}
+        self.depths = {**_TOWER_DEPTHS["encoder" if stack == "encoder" else tower], tower: depth}
         self.ids: dict[str, int] = {}
 
     def fields(self, config_class: type[PreTrainedConfig], given: Mapping[str, Any], tower: Tower) -> Fields:
@@ -538,7 +595,7 @@ class _Maker:
         """The number of blocks, where a field of this name holds one."""
         if name in _DECODER_DEPTHS:
             return self.depths[tower]
-        if not _DEPTHS.fullmatch(name):
+        if not _DEPTHS.fullmatch(name) or isinstance(defaults.get(name), list | tuple):
             return None
         if tower == "decoder":  # an encoder beside the decoder is deeper, as caches are made as deep as the encoder
             return self.depths["decoder"] + any(field in defaults for field in _DECODER_DEPTHS)

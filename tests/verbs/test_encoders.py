@@ -51,6 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "MPNetModel": ("mpnet", {**SIZES, "pad_token_id": 1}),
     "DistilBertModel": ("distilbert", DISTILBERT),
     "Qwen3Model": ("qwen3", {**LLAMA, "head_dim": 10}),
+    "Qwen3ForSequenceClassification": ("qwen3", {**LLAMA, "head_dim": 10, "num_labels": 2}),
     "LlamaForSequenceClassification": ("llama", {**LLAMA, "num_labels": 1}),
 }
 TEXT: dict[str, Any] = {"samples": 5, "length": 24, "quiet": True}

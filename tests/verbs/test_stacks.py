@@ -82,6 +82,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "WhisperForConditionalGeneration": ("whisper", WHISPER),
     "ViTForImageClassification": ("vit", {**TOWER, "hidden_size": 40, "num_hidden_layers": 4, "num_labels": 5}),
     "ViTModel": ("vit", {**TOWER, "hidden_size": 40, "num_hidden_layers": 4}),
+    "Dinov2Model": (
+        "dinov2",
+        {**TOWER, "hidden_size": 40, "mlp_ratio": 1, "num_hidden_layers": 4, "drop_path_rate": 0.1},
+    ),
     "SiglipModel": ("siglip", TOWERS),
     "CLIPModel": ("clip", {**TOWERS, "projection_dim": 24}),
     "Wav2Vec2ForCTC": ("wav2vec2", SOUND),
@@ -90,6 +94,7 @@ STACKS = [
     *((name, stack) for name in list(CASES)[:4] for stack in ("decoder", "encoder")),
     ("ViTForImageClassification", "decoder"),
     ("ViTModel", "decoder"),
+    ("Dinov2Model", "decoder"),
     *((name, stack) for name in ("SiglipModel", "CLIPModel") for stack in ("decoder", "vision")),
     ("Wav2Vec2ForCTC", "decoder"),
 ]
@@ -99,7 +104,7 @@ TEXT: dict[str, Any] = {"samples": 5, "length": 24, "quiet": True}
 def reader_of(name: str) -> Any:
     """What comes with a checkpoint of this architecture, and makes its inputs."""
     images = {"size": {"height": 32, "width": 32}}
-    if name.startswith("ViT"):
+    if name.startswith(("ViT", "Dino")):
         return transformers.ViTImageProcessor(**images)
     if name.startswith("Whisper"):
         hears = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
@@ -247,7 +252,7 @@ def test_what_the_model_gives_without_a_block(name: str, stack: str, several: Ca
         found = []
         for one, each in zip(whole, inputs, strict=True):
             other = result(model, each, stack)
-            if name in ("ViTModel", "SiglipModel", "CLIPModel"):
+            if name in ("ViTModel", "Dinov2Model", "SiglipModel", "CLIPModel"):
                 pair = [value.double() if value.dim() == 2 else value.double().mean(1) for value in (one, other)]
                 found.append(torch.cosine_similarity(*pair, dim=-1).clamp(-1, 1).arccos() / np.pi)
             else:
@@ -280,7 +285,9 @@ def test_towers_keep_a_block_behind_what_they_hand_on(tmp_path: Path) -> None:
     """States within a tower do not become those at its end: a norm may come there."""
     family = replace(FAMILIES["llava"], changes={**FAMILIES["llava"].changes, "vision_config.num_hidden_layers": 4})
     make_vision_model(family).save_pretrained(tmp_path / "base")
-    with pytest.raises(ShortcutError, match=r"images are seen in front of block 3 \(vision_feature_layer\): it or one"):
+    with pytest.raises(
+        ShortcutError, match=r"states in front of block 3 are handed on \(vision_feature_layer\): it or"
+    ):
         shortcut.cut(tmp_path / "base", tmp_path / "short", drop="3", stack="vision", quiet=True)
 
 
@@ -312,3 +319,53 @@ def test_the_block_with_the_positions_stays(stack: str, several: Callable[[str],
     """T5 keeps its table of relative positions in the first block of each stack: it cannot go."""
     with pytest.raises(ShortcutError, match="block 1 would become block 0 with .*relative_attention_bias"):
         shortcut.cut(several("T5ForConditionalGeneration"), tmp_path / "no", drop="0", stack=stack, quiet=True)
+
+
+@pytest.mark.parametrize("stack", ["decoder", "encoder"])
+def test_one_depth_for_both_stacks(stack: str, tmp_path: Path) -> None:
+    """An old config names the depth of T5's encoder alone; what is cut of one stack leaves the other, and it writes."""
+    config = transformers.AutoConfig.for_model("t5", **{**T5, "num_layers": 4})
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "num_decoder_layers"}))
+    shortcut.cut(tmp_path / "base", tmp_path / "short", drop="1-2", stack=stack, quiet=True)
+    short = load(tmp_path / "short", "T5ForConditionalGeneration")
+    assert (len(short.encoder.block), len(short.decoder.block)) == ((4, 2) if stack == "decoder" else (2, 4))
+    for block in getattr(model, stack).block[1:3]:
+        block.register_forward_hook(lambda _, args, out: (args[0], *out[1:]))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    written = [each.generate(ids, max_new_tokens=6, min_new_tokens=6, num_beams=1).tolist() for each in (model, short)]
+    assert written[0] == written[1]
+
+
+def test_backbones_hand_on_the_same_states(several: Callable[[str], Path], tmp_path: Path) -> None:
+    """Where every block is a stage, the stages that are handed on follow the blocks; they do not become one."""
+    model = load(several("Dinov2Model"), "Dinov2Backbone")
+    model.config.out_indices = [2, 4]
+    model.save_pretrained(tmp_path / "base")
+    shortcut.cut(tmp_path / "base", tmp_path / "short", drop="1", quiet=True)
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    assert config["stage_names"] == ["stem", "stage1", "stage2", "stage3"]
+    assert config["out_features"] == ["stage1", "stage3"]
+    images = torch.randn(1, 3, 32, 32)
+    blocks_of(model, "decoder")[1].forward = lambda hidden, *_, **__: hidden
+    short = load(tmp_path / "short", "Dinov2Backbone")
+    for one, other in zip(short(images).feature_maps, model(images).feature_maps, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ShortcutError, match=r"states in front of block 2 are handed on \(out_indices\): it or"):
+        shortcut.cut(tmp_path / "base", tmp_path / "no", drop="2-3", quiet=True)
+    model.config.out_indices = [1, 2, 4]
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ShortcutError, match=r"states are handed on at \[1, 2, 4\] \(out_indices\): a block between"):
+        shortcut.cut(tmp_path / "base", tmp_path / "no", drop="1", quiet=True)
+
+
+def test_an_encoder_as_deep_as_its_decoder(tmp_path: Path) -> None:
+    """Of a decoder that is called an encoder by its own family, the name of its half comes first (bert2bert)."""
+    part = {**READING, "num_hidden_layers": 3}
+    halves = [transformers.AutoConfig.for_model("bert", **part) for _ in range(2)]
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*halves)
+    transformers.EncoderDecoderModel(config).save_pretrained(tmp_path / "base")
+    assert open_model(tmp_path / "base", stack="decoder").anatomy.container == "decoder.bert.encoder.layer."
+    assert open_model(tmp_path / "base", stack="encoder").anatomy.container == "encoder.encoder.layer."
