@@ -23,6 +23,10 @@ class Training:
 
     minutes: Annotated[float | None, "how long to train at most, looks at text set aside included"] = None
     bf16: Annotated[bool, "train in bfloat16 arithmetic, several times as fast where the processor has it"] = False
+    learning_rate: Annotated[
+        float, "the highest one: it rises in the first twentieth of the budget and falls as a cosine"
+    ] = 5e-4
+    full: Annotated[bool, "train projections whole, rather than by low-rank changes"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +35,10 @@ class TrainingInDetail(Training):
 
     tokens: Annotated[int | None, "how many tokens to train on at most"] = None
     epochs: Annotated[float, "how often to go through the text, where neither minutes nor tokens are given"] = 1.0
-    learning_rate: Annotated[
-        float, "the highest one: it rises in the first twentieth of the budget and falls as a cosine"
-    ] = 5e-4
     rank: Annotated[int, "of low-rank changes"] = 32
     alpha: Annotated[float | None, "the scale of low-rank changes, over their rank; twice the rank if not given"] = None
     dropout: Annotated[float, "share of what goes into low-rank changes that is dropped while training"] = 0.0
     tune: Annotated[Tune, "the projections to train: all of a block, or those of one half"] = "all"
-    full: Annotated[bool, "train projections whole, rather than by low-rank changes"] = False
     temperature: Annotated[float, "by which the predictions of both models are softened before they are compared"] = 1.0
     match: Annotated[
         float, "weight of the distance between both models' states behind every cut, added to the loss"

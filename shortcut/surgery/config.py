@@ -42,8 +42,7 @@ def cut_config(
     """The content of config.json after all blocks but `kept` are gone.
 
     kept: ascending block numbers of the base. code: as for `load_config`. keeps_heads: whether those that predict
-    further tokens stay. Raises ShortcutError for a family that cannot
-    be cut exactly.
+    further tokens stay. Raises ShortcutError for a family that cannot be cut exactly.
     """
     if len(kept) == anatomy.depth:
         return copy.deepcopy(dict(config))

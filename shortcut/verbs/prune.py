@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from shortcut.publish.heal_report import HealReport
     from shortcut.publish.report import Report
 
-_OF_TRAINING = " and ".join(f"--{field.name}" for field in fields(Training))
+_OF_TRAINING = ", ".join(f"--{field.name.replace('_', '-')}" for field in fields(Training))
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def prune(asked: PruneOptions) -> PruneReport:
     if asked.heal is not None:
         return _prune_and_heal(asked)
     if handed_on(Training, asked) != Training() or (asked.own is not None and "healed" not in asked.select):
-        raise ShortcutError("--minutes, --bf16 and --own say how to heal: name a way with --heal")
+        raise ShortcutError(f"{_OF_TRAINING} and --own say how to heal: name a way with --heal")
     return prune_checkpoint(asked, own=asked.own)
 
 

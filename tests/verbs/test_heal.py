@@ -157,11 +157,13 @@ def test_prune_goes_on_with_healing(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "bad").exists()
     with pytest.raises(ShortcutError, match="--method folding: there are refit, fold, scale, lora, distill"):
         shortcut.prune(base, tmp_path / "other", drop="2", heal="folding", **how)
-    with pytest.raises(ShortcutError, match="--minutes and --bf16 are for lora and distill, and scale"):
+    with pytest.raises(
+        ShortcutError, match="--minutes, --bf16, --learning-rate, --full are for lora and distill, and scale"
+    ):
         shortcut.prune(base, tmp_path / "other", drop="2", heal="scale", minutes=1.0, **how)
     with pytest.raises(ShortcutError, match=r"bad\.cut is not empty"):
         shortcut.prune(base, tmp_path / "bad", drop="0-1", heal="fold", **how)
-    with pytest.raises(ShortcutError, match="--minutes, --bf16 and --own say how to heal: name a way"):
+    with pytest.raises(ShortcutError, match="--bf16, --learning-rate, --full and --own say how to heal: name a way"):
         shortcut.prune(base, tmp_path / "other", drop="2", minutes=1.0, **how)
 
 
