@@ -19,6 +19,7 @@ from torch import nn
 from shortcut.checkpoint.checkpoint import Checkpoint
 from shortcut.common.errors import ShortcutError
 from shortcut.family.anatomy import fused_axis
+from shortcut.family.halves import has_own_code
 from shortcut.live.blocks import blocks_path
 from shortcut.live.load import LOADING_ERRORS, Model, build_empty
 from shortcut.surgery.numbered import first_unlike, tracking
@@ -44,7 +45,8 @@ def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int]
         raise ShortcutError(f"the shortened config builds {len(short_blocks)} blocks instead of {len(kept)}")
     family = checkpoint.config.get("model_type")
     numbers = {name for block in base_blocks for name in block if name.rpartition(".")[2] in NUMBERS}
-    if code is not None:
+    foreign = code is not None and not has_own_code(checkpoint.folder, checkpoint.config)
+    if foreign:
         numbers |= tracking(base_blocks) & tracking(short_blocks)
     for new, old in enumerate(kept):
         if difference := _first_difference(base_blocks[old], short_blocks[new], apart=numbers):
@@ -63,7 +65,7 @@ def guard(checkpoint: Checkpoint, config: Mapping[str, Any], kept: Sequence[int]
     }
     if difference := _first_difference(expected, _shapes_outside(short, blocks)):
         raise ShortcutError(f"cannot delete these blocks of {family} exactly: outside the blocks it has {difference}")
-    if numbers and code is not None:
+    if numbers and foreign:
         _check_numbers(base, stacks, kept)
 
 

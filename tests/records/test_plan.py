@@ -73,7 +73,7 @@ def test_a_plan_written_by_hand(tmp_path, drop, gone):
         ("base: {blocks: 7}", "is not a file of shortcut"),
         (
             HEAD + "keep: 1-2",
-            "unknown entry 'keep'; it can have attention-only, base, drop, format, freeze-visual, last-token, mlp-only",
+            "unknown entry 'keep'; it can have attention-only, base, drop, format, freeze-visual, keep-mtp, last-token",
         ),
         (HEAD + "drop: 0-6", "the plan drops all 7 blocks: at least one has to stay"),
         (HEAD + "drop: 5-8", "no block 7-8: the model has blocks 0-6"),
