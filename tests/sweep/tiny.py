@@ -201,6 +201,7 @@ OVERRIDES: dict[str, Fields] = {
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl_text": {"head_dim": 8, "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 1, 1]}},
     "inkling_text": {"mlp_layer_types": _MOE},
+    "lasr_ctc": {"encoder_config": {"num_hidden_layers": DEPTH}},
     "laguna": {"layer_types": _WINDOWS, "num_attention_heads_per_layer": [2, 4, 2, 2, 4, 4]},
     "led": {"attention_window": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention", "full_attention"]},
@@ -224,6 +225,8 @@ OVERRIDES: dict[str, Fields] = {
     "nemotron_h": {"layers_block_type": _HYBRID},
     "neomme": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
+    "omniasr_ctc": {"audio_config": {"num_hidden_layers": DEPTH}},
+    "parakeet_ctc": {"encoder_config": {"num_hidden_layers": DEPTH}},
     "perception_lm": {"vision_config": {"model_type": "clip_vision_model", "model_args": {"embed_dim": 32}}},
     "paddleocr_vl_text": {"rope_parameters": _MROPE},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 91},
@@ -422,9 +425,12 @@ def tiny_inputs(model: Any, kind: Kind) -> Fields:
 def _fitting(model: Any, inputs: Fields) -> Fields:
     """The same inputs in the first form in which the model runs; as they are where it does not run in any.
 
-    Families differ in whether features or frames of sounds come first, and which of two inputs stands for the other.
+    Families differ in whether features or frames of sounds come first, whether there are channels, and which of two
+    inputs stands for the other.
     """
     forms = [inputs]
+    if "input_values" in inputs:
+        forms.append({**inputs, "input_values": inputs["input_values"][:, None]})
     if "input_features" in inputs:
         forms.append({**inputs, "input_features": inputs["input_features"].mT.contiguous()})
     forms += [
