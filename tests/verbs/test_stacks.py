@@ -6,6 +6,7 @@ skipped, as a user loads both.
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import transformers
 
 import shortcut
-from shortcut.checkpoint.open import open_model
+from shortcut.checkpoint.open import EMBEDDED_VISION, open_model
 from shortcut.common.errors import ShortcutError
 from shortcut.material.take import take_text
 from shortcut.options.groups import SampledText
@@ -279,6 +280,25 @@ def test_towers_hand_on_the_same_states(seen: Any, moved: Any, tmp_path: Path) -
     expected = result(model, inputs, "vision")
     torch.testing.assert_close(result(short, inputs, "vision"), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(whole, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_towers_inside_a_vision_language_model(tmp_path: Path) -> None:
+    """They are scored on images with questions, pruned by what that changes of the answers, and checked."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(EMBEDDED_VISION, base)
+    config = transformers.AutoConfig.from_pretrained(base)
+    config.vision_config.num_hidden_layers = 4
+    torch.manual_seed(7)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(base)
+    scores = shortcut.score(base, stack="vision", metric="kl,block-influence", samples=4, quiet=True)
+    assert scores.base.blocks == 4
+    assert min(scores.of_blocks("kl")) > 0
+    report = shortcut.prune(base, out, stack="vision", count=2, metric="kl", samples=4, quiet=True)
+    values = scores.of_blocks("kl")
+    assert list(report.cut.plan.dropped) == sorted(sorted(range(4), key=lambda block: values[block])[:2])
+    assert report.check.logit_difference == pytest.approx(0, abs=1e-4)
+    short = load(out, "LlavaForConditionalGeneration")
+    assert (len(short.model.vision_tower.encoder.layers), len(short.model.language_model.layers)) == (2, 12)
 
 
 def test_towers_keep_a_block_behind_what_they_hand_on(tmp_path: Path) -> None:
