@@ -389,3 +389,17 @@ def test_an_encoder_as_deep_as_its_decoder(tmp_path: Path) -> None:
     transformers.EncoderDecoderModel(config).save_pretrained(tmp_path / "base")
     assert open_model(tmp_path / "base", stack="decoder").anatomy.container == "decoder.bert.encoder.layer."
     assert open_model(tmp_path / "base", stack="encoder").anatomy.container == "encoder.encoder.layer."
+
+
+def test_what_training_drops_does_not_matter(tmp_path: Path) -> None:
+    """BEiT drops paths of deeper blocks more often in training, and not at all of the first; otherwise never."""
+    config = transformers.AutoConfig.for_model("beit", **TOWER, hidden_size=40, num_hidden_layers=4, drop_path_rate=0.3)
+    model = transformers.BeitModel(config).eval()
+    rates = {getattr(block.drop_path, "drop_prob", 0.0) for block in blocks_of(model, "decoder")}
+    assert len(rates) == 4
+    model.save_pretrained(tmp_path / "base")
+    shortcut.cut(tmp_path / "base", tmp_path / "short", drop="1", quiet=True)
+    images = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    skip(model, "decoder", [1])
+    found = [result(each, images, "decoder") for each in (load(tmp_path / "short", "BeitModel"), model)]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
